@@ -1,0 +1,1 @@
+"""The front door: one `switchkd` command whose subcommands live in their rooms."""

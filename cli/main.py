@@ -1,0 +1,243 @@
+"""The `switchkd` command: a table of subcommands, each imported from its room only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import select
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn, Protocol, cast
+
+EXIT_OK = 0
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141  # what a shell reports for a program ended by SIGPIPE
+
+
+@dataclass(frozen=True)
+class Command:
+    """A row of the front door: what a person types, the module that answers, and the extras it needs."""
+
+    name: str
+    module: str
+    help: str
+    group: str
+    extras: str
+
+
+COMMANDS = (
+    Command(
+        "quickstart",
+        "switchkd.cli.quickstart",
+        "the whole product in minutes: train, distil, export, measure (no network, no GPU)",
+        "start here",
+        "train,export,serve",
+    ),
+    Command(
+        "world",
+        "switchkd.training.world.world_command",
+        "make the built-in picture world: pictures and LLaVA-format questions",
+        "train",
+        "train",
+    ),
+    Command(
+        "train",
+        "switchkd.training.train_command",
+        "train or distil a model from a recipe into a Hugging Face checkpoint folder",
+        "train",
+        "train",
+    ),
+    Command(
+        "export",
+        "switchkd.export.export_command",
+        "turn a checkpoint folder into a bundle of ONNX graphs, each one run and compared",
+        "export",
+        "export",
+    ),
+    Command(
+        "verify",
+        "switchkd.export.verify_command",
+        "run a bundle's graphs and compare every precision with fp32, or with a checkpoint",
+        "export",
+        "export",
+    ),
+    Command(
+        "ask",
+        "switchkd.serve.ask_command",
+        "ask a bundle about a picture; needs no torch",
+        "use",
+        "serve",
+    ),
+    Command(
+        "demo",
+        "switchkd.demo.demo_command",
+        "open a bundle as a web app on this machine",
+        "use",
+        "demo",
+    ),
+)
+
+
+class CommandModule(Protocol):
+    """What a command's module offers; `ERRORS` are the exceptions whose message is meant for people."""
+
+    ERRORS: tuple[type[Exception], ...]
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the command's arguments."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do the work and return the exit code."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose mistakes cost the reader one line instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the mistake and where to read on, and exit with code 2."""
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (see '{self.prog} --help')\n")
+
+
+def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMANDS) -> int:
+    """Run one command line and return its exit code: 0 done, 2 a mistake named in one line, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    tolerate_narrow_encodings()
+    try:
+        code = dispatch(words, commands)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\nswitchkd: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        if not stdout_is_closed():
+            raise
+        return EXIT_BROKEN_PIPE
+    return code
+
+
+def dispatch(words: list[str], commands: Sequence[Command]) -> int:
+    """Answer the words of one command line: our own options, or the command they name."""
+    if words and words[0] == "help":  # `switchkd help ask` reads as `switchkd ask --help`
+        words = [*words[1:2], "--help"]
+    if not words or words[0] in ("-h", "--help"):
+        print(help_text(commands))
+        return EXIT_OK
+    if words[0] in ("-V", "--version"):
+        print(f"switchkd {installed_version()}")
+        return EXIT_OK
+    for command in commands:
+        if command.name == words[0]:
+            return run_command(command, words[1:])
+    return fail(unknown_word(words[0], commands))
+
+
+def run_command(command: Command, words: list[str]) -> int:
+    """Import the command's module, parse its arguments and run it; errors meant for people become one line."""
+    people_errors: tuple[type[Exception], ...] = ()
+    try:
+        module = cast(CommandModule, importlib.import_module(command.module))
+        people_errors = module.ERRORS
+        parser = CommandParser(prog=f"switchkd {command.name}", description=sentence(command.help))
+        module.add_arguments(parser)
+        return module.run(parser.parse_args(words))
+    except ModuleNotFoundError as error:
+        package = missing_package(error)
+        if package is None:
+            raise
+        return fail(
+            f"'switchkd {command.name}' needs the package '{package}', which is not installed; "
+            f"install its extra: pip install 'switchkd[{command.extras}]'"
+        )
+    except people_errors as error:
+        return fail(str(error) or type(error).__name__)
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """Name the third-party package whose absence raised this, or None when the failed import is a bug of ours."""
+    package = (error.name or "").partition(".")[0]
+    if not package or package == "switchkd" or package in sys.stdlib_module_names:
+        return None
+    # Installed, so only a module inside it is missing: no extra would mend that.
+    return None if importlib.util.find_spec(package) else package
+
+
+def fail(message: str) -> int:
+    """Print an error in one line on stderr and return the exit code for it."""
+    print(f"switchkd: error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_USAGE
+
+
+def unknown_word(word: str, commands: Sequence[Command]) -> str:
+    """Say that a word is no command of ours, and which one may have been meant."""
+    import difflib
+
+    kind = "option" if word.startswith("-") else "command"
+    known = ["--help", "--version"] if kind == "option" else [command.name for command in commands]
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    hint = f"; did you mean '{nearest[0]}'?" if nearest else ";"
+    return f"there is no {kind} '{word}'{hint} 'switchkd --help' lists what there is"
+
+
+def help_text(commands: Sequence[Command]) -> str:
+    """Return the front page: every command under its group, in the order of the pipeline."""
+    width = max(len(command.name) for command in commands)
+    lines = [
+        "usage: switchkd COMMAND [OPTIONS]",
+        "",
+        "Distil a large vision-language model into a small one, export it, and run it anywhere.",
+    ]
+    for group in dict.fromkeys(command.group for command in commands):
+        lines += ["", f"{group}:"]
+        lines += [f"  {command.name:<{width}}  {command.help}" for command in commands if command.group == group]
+    lines += [
+        "",
+        "options:",
+        f"  {'--help':<{width}}  show this page; 'switchkd COMMAND --help' shows a command's own",
+        f"  {'--version':<{width}}  show the installed version",
+        "",
+        "Each room installs apart, e.g. on a small board: pip install 'switchkd[serve]'",
+        "(extras: train, export, serve, demo, eval, dev).",
+    ]
+    return "\n".join(lines)
+
+
+def installed_version() -> str:
+    """Return the version of the installed distribution."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("switchkd")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def sentence(text: str) -> str:
+    """Write a line of the table as a sentence, for the top of a command's help."""
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def tolerate_narrow_encodings() -> None:
+    """Let a terminal that cannot show a character show a question mark, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")
+
+
+def stdout_is_closed() -> bool:
+    """Tell whether the reader of our stdout has gone (`switchkd ... | head`), and silence the flush at exit if so."""
+    if hasattr(select, "poll"):  # Windows has none; there a broken pipe is taken to be stdout
+        poll = select.poll()
+        poll.register(sys.stdout, 0)  # errors are reported without being asked for
+        if not poll.poll(0):
+            return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

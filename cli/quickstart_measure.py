@@ -1,0 +1,120 @@
+"""Quickstart's measurements: every model over the same test questions, each answered by what a user would run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from switchkd.training.world.scoring import Score, score
+
+TIMED_ANSWERS = 40
+MAX_NEW_TOKENS = 12
+Records = Sequence[dict[str, Any]]
+
+
+class Clock(Protocol):
+    """Keeps seconds by stage."""
+
+    seconds: dict[str, float]
+
+    def measure(self, name: str, work: Callable[[], object]) -> None:
+        """Do the work and keep how long it took."""
+
+
+def measure_all(out: Path, folders: Sequence[Path], arms: Sequence[str], clock: Clock) -> dict[str, Any]:
+    """Measure teacher, arms (of every seed) and bundle; what is measured already is not measured again."""
+    records = json.loads((out / "world" / "test.json").read_text())
+    pictures = out / "world" / "pictures"
+    measured: dict[str, dict[str, Any]] = {}
+
+    def once(name: str, weights: Path, work: Callable[[], dict[str, Any]]) -> None:
+        path = out / "measurements" / f"{name}.json"
+        stamp = _stamp(weights, records)
+        if not path.is_file() or json.loads(path.read_text())["stamp"] != stamp:
+            path.parent.mkdir(exist_ok=True)
+            clock.measure(f"measure {name}", lambda: path.write_text(json.dumps(work() | {"stamp": stamp})))
+        measured[name] = json.loads(path.read_text())
+
+    checkpoints = {"teacher": out / "teacher"}
+    for seed, folder in enumerate(folders):
+        checkpoints |= {arm if seed == 0 else f"{arm}-seed{seed}": folder / arm for arm in arms}
+    for name, folder in checkpoints.items():
+        once(name, folder / "model.safetensors", lambda f=folder, n=name: _checkpoint(f, records, pictures, n))  # type: ignore[misc]
+    for precision in ("fp32", "int8"):
+        once(
+            f"bundle_{precision}",
+            out / "bundle" / "manifest.json",
+            lambda p=precision: _bundle(out / "bundle", p, records, pictures),  # type: ignore[misc]
+        )
+    return _report(measured, records, arms, len(folders), clock.seconds)
+
+
+def _checkpoint(folder: Path, records: Records, pictures: Path, name: str) -> dict[str, Any]:
+    from switchkd.training.evaluation import generate_answers
+    from switchkd.training.vlm import load_vlm
+
+    vlm = load_vlm(folder)
+    answers = generate_answers(vlm, records, pictures, max_new_tokens=MAX_NEW_TOKENS, title=name)
+    times = []
+    for record in records[:TIMED_ANSWERS]:
+        start = time.monotonic()
+        generate_answers(vlm, [record], pictures, max_new_tokens=MAX_NEW_TOKENS, title="")
+        times.append(time.monotonic() - start)
+    size = (folder / "model.safetensors").stat().st_size
+    return {"answers": answers, "milliseconds": 1000 * statistics.median(times), "bytes": size}
+
+
+def _bundle(folder: Path, precision: str, records: Records, pictures: Path) -> dict[str, Any]:
+    from tqdm.auto import tqdm
+
+    from switchkd.export.bundle import GRAPHS
+    from switchkd.serve import Engine
+    from switchkd.training.conversations import to_messages
+
+    engine = Engine.open(folder, precision=precision)
+    answers, times = [], []
+    for record in tqdm(records, desc=f"bundle {precision}", disable=None, unit="answer"):
+        start = time.monotonic()
+        messages = to_messages(record)[:-1]
+        answer = engine.answer(messages, [pictures / record["image"]], max_new_tokens=MAX_NEW_TOKENS)
+        times.append(time.monotonic() - start)
+        answers.append(answer.text)
+    size = sum(engine.bundle.graph_path(name).stat().st_size for name in GRAPHS)
+    return {"answers": answers, "milliseconds": 1000 * statistics.median(times[:TIMED_ANSWERS]), "bytes": size}
+
+
+def _report(
+    measured: dict[str, dict[str, Any]], records: Records, arms: Sequence[str], seeds: int, seconds: dict[str, float]
+) -> dict[str, Any]:
+    scores = {name: score(result["answers"], records) for name, result in measured.items()}
+    report: dict[str, Any] = {
+        "accuracy": {name: value.accuracy for name, value in scores.items() if "-seed" not in name},
+        "above_prior": {name: value.above_prior for name, value in scores.items() if "-seed" not in name},
+        "by_kind": {name: value.by_kind for name, value in scores.items() if "-seed" not in name},
+        "above_prior_by_kind": {n: value.above_prior_by_kind for n, value in scores.items() if "-seed" not in n},
+        "prior": next(iter(scores.values())).prior,
+        "prior_by_kind": next(iter(scores.values())).prior_by_kind,
+        "test_questions": len(records),
+        "bytes": {name: result["bytes"] for name, result in measured.items()},
+        "milliseconds_per_answer": {name: result["milliseconds"] for name, result in measured.items()},
+        "seconds": seconds,
+    }
+    if seeds > 1:
+        report["seeds"] = {arm: _spread(arm, scores, seeds) for arm in arms}
+    return report
+
+
+def _spread(arm: str, scores: dict[str, Score], seeds: int) -> dict[str, Any]:
+    values = [scores[arm if seed == 0 else f"{arm}-seed{seed}"].accuracy for seed in range(seeds)]
+    return {"accuracies": values, "mean": statistics.mean(values), "standard_deviation": statistics.stdev(values)}
+
+
+def _stamp(weights: Path, records: Records) -> str:
+    digest = hashlib.sha256(json.dumps(records).encode())
+    digest.update(weights.read_bytes())
+    return digest.hexdigest()

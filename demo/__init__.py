@@ -1,0 +1,1 @@
+"""Demo: what people touch, a Gradio app over the public face of `switchkd.serve`."""

@@ -1,0 +1,96 @@
+"""`switchkd demo`: opens a bundle as a web page on this machine until Ctrl-C."""
+
+import argparse
+import errno
+import os
+import socket
+import sys
+import threading
+from pathlib import Path
+
+from switchkd.serve import BundleError, ConversationError, Engine
+
+from .examples import EXAMPLES, DemoError, read_examples
+
+ERRORS = (BundleError, ConversationError, DemoError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder made by `switchkd export`")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s; 0: any free)")
+    parser.add_argument("--precision", help="which of the bundle's precisions (default: its first)")
+    parser.add_argument("--threads", type=int, help="threads to compute with (default: one a core)")
+    parser.add_argument(
+        "--examples",
+        type=Path,
+        metavar="FOLDER",
+        help=f"folder of example pictures with an {EXAMPLES} (default: the bundle's examples/, where it has one)",
+    )
+    parser.add_argument(
+        "--open",
+        action=argparse.BooleanOptionalAction,
+        default=_has_screen(),
+        help="open the page in a browser (default: where there is a terminal and a screen)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve the page until Ctrl-C; the errors in ERRORS are for people."""
+    port = find_port(args.host, args.port)
+    folder = args.examples or args.bundle / "examples"
+    examples = read_examples(folder) if args.examples or folder.is_dir() else []
+    engine = Engine.open(args.bundle, args.precision, args.threads)
+    from .app import CSS, THEME, build_app  # Gradio takes seconds to import: mistakes are told before that
+
+    app = build_app(engine, examples)
+    _, url, _ = app.launch(
+        server_name=args.host,
+        server_port=port,
+        inbrowser=args.open,
+        prevent_thread_lock=True,
+        quiet=True,
+        theme=THEME,
+        css=CSS,
+        allowed_paths=[str(folder.resolve())] if examples else [],
+        footer_links=[],
+        run_history=False,
+        share=False,
+        ssr_mode=False,
+        mcp_server=False,
+    )
+    print(f"switchkd demo is open at {url} (Ctrl-C stops it)", flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("\nstopped")
+    finally:
+        app.close(verbose=False)
+    return 0
+
+
+def find_port(host: str, port: int) -> int:
+    """Return the port, or a free one for 0; raises DemoError with the remedy where nothing can listen there."""
+    try:
+        with socket.create_server((host, port)) as server:
+            return int(server.getsockname()[1])
+    except OverflowError:
+        raise DemoError(f"port {port} does not exist; choose one from 1024 to 65535 with --port") from None
+    except socket.gaierror:
+        raise DemoError(
+            f"host {host} is unknown; use 127.0.0.1, or 0.0.0.0 for every network of this machine"
+        ) from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            reason = f"port {port} is in use; stop the program that listens there, or choose another with --port"
+        elif error.errno == errno.EACCES:
+            reason = f"port {port} needs more rights; choose one from 1024 to 65535 with --port"
+        else:
+            reason = f"cannot listen at {host}:{port} ({error.strerror}); choose another with --host or --port"
+        raise DemoError(reason) from None
+
+
+def _has_screen() -> bool:
+    display = sys.platform in ("win32", "darwin") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+    return display and sys.stdout.isatty()

@@ -1,0 +1,1 @@
+"""From a LLaVA checkpoint folder to a verified ONNX bundle, and the torch-free contract by which a bundle is read."""

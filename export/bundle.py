@@ -1,0 +1,395 @@
+"""The bundle's contract, free of torch: what manifest.json says, and how a bundle folder is read and refused.
+
+docs/bundle.md describes the same in words. Nothing here trusts the folder: every path, name and number is checked
+before anything is opened.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+from .pixels import PictureError, Preprocessing
+
+FORMAT = "switchkd-bundle"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+VISION_ENCODER, EMBED_TOKENS, DECODER = GRAPHS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+PORTABLE = "portable"  # plain operators: any padding, any chunks, any batch
+
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER = "tokenizer.json"
+# What a bundle needs besides its graphs; anything else in the folder is for people or other runtimes.
+REQUIRED_FILES = (
+    "config.json",
+    "generation_config.json",
+    TOKENIZER,
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    CHAT_TEMPLATE,
+)
+
+
+class BundleError(ValueError):
+    """A bundle that is missing, incomplete or altered: the file, the reason and the remedy in one line."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph's input or output: `dtype` as numpy names it, dimensions as numbers or as names of free axes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """One ONNX file of a bundle with what goes in and out, in the graph's own order."""
+
+    name: str
+    precision: str
+    form: str
+    file: str  # relative to the bundle, with forward slashes
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The KV cache: one key and one value of [batch, kv_heads, past, head_dim] for every layer."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+    def past_names(self) -> list[str]:
+        """Names of the decoder's cache inputs, key before value, layer by layer."""
+        return [f"past_key_values.{layer}.{part}" for layer in range(self.layers) for part in ("key", "value")]
+
+    def present_names(self) -> list[str]:
+        """Names of the decoder's cache outputs, in the order of `past_names`."""
+        return [f"present.{layer}.{part}" for layer in range(self.layers) for part in ("key", "value")]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a runtime must know about the model besides its graphs."""
+
+    image_token: str
+    image_token_id: int
+    tokens_per_picture: int
+    picture_shape: tuple[int, int, int]  # channels, height, width of pixel_values
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+    hidden_size: int
+    max_positions: int
+    cache: CacheShape
+
+
+def portable_tensors(graph: str, model: ModelFacts) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The inputs and outputs of a graph (one of GRAPHS) in the portable form, for a model of these sizes."""
+    if graph == VISION_ENCODER:
+        pixels = TensorSpec("pixel_values", "float32", ("pictures", *model.picture_shape))
+        features = TensorSpec("image_features", "float32", ("pictures", model.tokens_per_picture, model.hidden_size))
+        return (pixels,), (features,)
+    embeds = TensorSpec("inputs_embeds", "float32", ("batch", "time", model.hidden_size))
+    if graph == EMBED_TOKENS:
+        return (TensorSpec("input_ids", "int64", ("batch", "time")),), (embeds,)
+    cache = model.cache
+
+    def layers(names: list[str], length: str) -> list[TensorSpec]:
+        return [TensorSpec(name, cache.dtype, ("batch", cache.kv_heads, length, cache.head_dim)) for name in names]
+
+    mask = TensorSpec("attention_mask", "int64", ("batch", "total"))  # total = past + time
+    positions = TensorSpec("position_ids", "int64", ("batch", "time"))
+    logits = TensorSpec("logits", "float32", ("batch", "time", model.vocab_size))
+    return (
+        (embeds, mask, positions, *layers(cache.past_names(), "past")),
+        (logits, *layers(cache.present_names(), "total")),
+    )
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Size and SHA-256 of one file as it was exported."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json; `source` and `verification` are records for people and tools."""
+
+    model: ModelFacts
+    graphs: tuple[GraphFile, ...]
+    files: Mapping[str, FileFacts]
+    source: Mapping[str, Any]
+    verification: Mapping[str, Any]
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The precisions in the order of the export; the first is the default."""
+        return tuple(dict.fromkeys(graph.precision for graph in self.graphs))
+
+    def to_json(self) -> str:
+        """Write the manifest as the text of manifest.json."""
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read manifest.json; raises BundleError naming the field that is missing, wrong or of a newer format."""
+        content = _parse_object(text, MANIFEST)
+        if content.get("format") != FORMAT:
+            raise BundleError(f"{MANIFEST}: format is {content.get('format')!r}, expected {FORMAT!r}; export again")
+        if content.get("format_version") != FORMAT_VERSION:
+            raise BundleError(
+                f"{MANIFEST}: format_version is {content.get('format_version')!r}, this switchkd reads "
+                f"{FORMAT_VERSION}; export again, or install the switchkd that wrote it"
+            )
+        root = _Reader(content, MANIFEST)
+        files = root.object("files")
+        return cls(
+            model=_read_model(root.object("model")),
+            graphs=tuple(_read_graph(graph) for graph in root.objects("graphs")),
+            files={name: _read_file(files.object(name)) for name in files.content},
+            source=root.object("source").content,
+            verification=root.object("verification").content,
+        )
+
+
+class _Reader:
+    """Takes typed fields out of parsed JSON, and says where in the file a wrong one stands."""
+
+    def __init__(self, content: Any, where: str) -> None:
+        if not isinstance(content, dict):
+            raise BundleError(f"{where}: is {_kind(content)}, expected an object; export again")
+        self.content, self.where = content, where
+
+    def _get(self, key: str, kind: type | tuple[type, ...], expected: str) -> Any:
+        value = self.content.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            found = _kind(value) if key in self.content else "missing"
+            raise BundleError(f"{self.where}: {key} is {found}, expected {expected}; export again")
+        return value
+
+    def text(self, key: str) -> str:
+        return str(self._get(key, str, "text"))
+
+    def count(self, key: str) -> int:
+        value = int(self._get(key, int, "a number"))
+        if value < 0:
+            raise BundleError(f"{self.where}: {key} is {value}, expected zero or more; export again")
+        return value
+
+    def counts(self, key: str) -> tuple[int, ...]:
+        values = self._get(key, list, "a list of numbers")
+        if not all(isinstance(value, int) and value >= 0 for value in values):
+            raise BundleError(f"{self.where}: {key} is {values}, expected a list of numbers; export again")
+        return tuple(values)
+
+    def dimensions(self, key: str) -> tuple[int | str, ...]:
+        values = self._get(key, list, "a list of dimensions")
+        if not all(isinstance(value, (int, str)) for value in values):
+            raise BundleError(f"{self.where}: {key} is {values}, expected numbers and names; export again")
+        return tuple(values)
+
+    def object(self, key: str) -> "_Reader":
+        return _Reader(self._get(key, dict, "an object"), f"{self.where}: {key}")
+
+    def objects(self, key: str) -> Iterator["_Reader"]:
+        for index, value in enumerate(self._get(key, list, "a list")):
+            yield _Reader(value, f"{self.where}: {key}[{index}]")
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "text", type(None): "null"}.get(type(value), repr(value))
+
+
+def _read_model(model: _Reader) -> ModelFacts:
+    cache = model.object("cache")
+    return ModelFacts(
+        image_token=model.text("image_token"),
+        image_token_id=model.count("image_token_id"),
+        tokens_per_picture=model.count("tokens_per_picture"),
+        picture_shape=_read_picture_shape(model),
+        eos_token_ids=model.counts("eos_token_ids"),
+        vocab_size=model.count("vocab_size"),
+        hidden_size=model.count("hidden_size"),
+        max_positions=model.count("max_positions"),
+        cache=CacheShape(
+            layers=cache.count("layers"),
+            kv_heads=cache.count("kv_heads"),
+            head_dim=cache.count("head_dim"),
+            dtype=cache.text("dtype"),
+        ),
+    )
+
+
+def _read_picture_shape(model: _Reader) -> tuple[int, int, int]:
+    shape = model.counts("picture_shape")
+    if len(shape) != 3:
+        raise BundleError(f"{model.where}: picture_shape is {shape}, expected channels, height, width; export again")
+    return shape[0], shape[1], shape[2]
+
+
+def _read_graph(graph: _Reader) -> GraphFile:
+    name = graph.text("name")
+    if name not in GRAPHS:
+        raise BundleError(f"{graph.where}: name is {name!r}, expected one of {', '.join(GRAPHS)}; export again")
+
+    def tensors(key: str) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(tensor.text("name"), tensor.text("dtype"), tensor.dimensions("shape"))
+            for tensor in graph.objects(key)
+        )
+
+    return GraphFile(
+        name, graph.text("precision"), graph.text("form"), graph.text("file"), tensors("inputs"), tensors("outputs")
+    )
+
+
+def _read_file(facts: _Reader) -> FileFacts:
+    return FileFacts(facts.count("bytes"), facts.text("sha256"))
+
+
+def _parse_object(text: str, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BundleError(f"{name}: not valid JSON ({error}); export again") from error
+    return dict(_Reader(content, name).content)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle folder that was found complete, opened for one precision."""
+
+    path: Path
+    precision: str
+    manifest: Manifest
+    preprocessing: Preprocessing
+    chat_template: str
+    special_tokens: Mapping[str, str]
+
+    @classmethod
+    def open(cls, path: str | Path, precision: str | None = None, *, check_hashes: bool = False) -> Self:
+        """Read and check a bundle folder; `precision=None` takes the first that was exported.
+
+        Sizes are always compared with the manifest, contents (SHA-256) with `check_hashes`. Raises BundleError.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        if precision is None and manifest.precisions:
+            precision = manifest.precisions[0]
+        if precision not in manifest.precisions:
+            have = ", ".join(manifest.precisions) or "none"
+            raise BundleError(f"{path}: holds no graphs in {precision!r}, only {have}; choose one of them or export it")
+        _check_files(path, manifest, check_hashes)
+        for name in GRAPHS:
+            if not any(graph.name == name and graph.precision == precision for graph in manifest.graphs):
+                raise BundleError(f"{path / MANIFEST}: lists no {name} in {precision}; export again")
+        return cls(
+            path=path,
+            precision=precision,
+            manifest=manifest,
+            preprocessing=_read_preprocessing(path),
+            chat_template=_read_text(path / CHAT_TEMPLATE),
+            special_tokens=_read_special_tokens(path),
+        )
+
+    @property
+    def model(self) -> ModelFacts:
+        """What a runtime must know about the model besides its graphs."""
+        return self.manifest.model
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The file that `tokenizers.Tokenizer.from_file` reads."""
+        return self.path / TOKENIZER
+
+    def graph(self, name: str, precision: str | None = None) -> GraphFile:
+        """The entry of a graph (one of GRAPHS), in the bundle's precision unless another is named."""
+        precision = precision or self.precision
+        for graph in self.manifest.graphs:
+            if graph.name == name and graph.precision == precision:
+                return graph
+        raise BundleError(f"{self.path / MANIFEST}: lists no {name} in {precision}; export again")
+
+    def graph_path(self, name: str, precision: str | None = None) -> Path:
+        """The ONNX file of a graph (one of GRAPHS), in the bundle's precision unless another is named."""
+        return self.path / self.graph(name, precision).file
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a bundle folder's manifest.json, or raise BundleError saying what stands there instead."""
+    if not path.exists():
+        raise BundleError(f"{path}: no such folder; make a bundle with `switchkd export CHECKPOINT {path}`")
+    if not path.is_dir():
+        raise BundleError(f"{path}: is a file, expected a bundle folder")
+    if not (path / MANIFEST).is_file():
+        checkpoint = (path / "config.json").is_file()
+        remedy = "if this is a checkpoint, run `switchkd export` on it" if checkpoint else "export again"
+        raise BundleError(f"{path / MANIFEST}: missing, so this is no complete bundle; {remedy}")
+    try:
+        return Manifest.from_json(_read_text(path / MANIFEST))
+    except BundleError as error:
+        raise BundleError(f"{path}/{error}") from error
+
+
+def _check_files(path: Path, manifest: Manifest, check_hashes: bool) -> None:
+    for name in [*REQUIRED_FILES, *(graph.file for graph in manifest.graphs)]:
+        if name not in manifest.files:
+            raise BundleError(f"{path / MANIFEST}: does not list {name}, which every bundle needs; export again")
+    root = path.resolve()
+    for name, facts in manifest.files.items():
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts or "\\" in name:
+            raise BundleError(f"{path / MANIFEST}: lists {name!r}, which is outside the bundle; do not use this bundle")
+        file = path / relative
+        if not file.is_file():
+            raise BundleError(f"{file}: missing; copy the bundle again or export again")
+        if not file.resolve().is_relative_to(root):
+            raise BundleError(f"{file}: links to outside the bundle; do not use this bundle")
+        size = file.stat().st_size
+        if size != facts.bytes:
+            raise BundleError(f"{file}: {size:,} bytes, the manifest says {facts.bytes:,}; copy the bundle again")
+        if check_hashes and sha256(file) != facts.sha256:
+            raise BundleError(f"{file}: its SHA-256 is not the manifest's, so it was altered; copy the bundle again")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path}: cannot be read ({error}); copy the bundle again") from error
+
+
+def _read_preprocessing(path: Path) -> Preprocessing:
+    file = path / "preprocessor_config.json"
+    try:
+        return Preprocessing.from_config(_parse_object(_read_text(file), str(file)))
+    except PictureError as error:
+        raise BundleError(f"{file}: {error}; export again") from error
+
+
+def _read_special_tokens(path: Path) -> dict[str, str]:
+    """Special tokens by the names that chat templates know, like `bos_token`."""
+    file = path / "tokenizer_config.json"
+    tokens = {}
+    for key, value in _parse_object(_read_text(file), str(file)).items():
+        value = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(value, str):
+            tokens[key] = value
+    return tokens

@@ -1,0 +1,195 @@
+"""Writes the bundle's README.md: what is inside, how close it is to the model, and how to run it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from .bundle import GRAPHS, Bundle, Manifest
+from .prompt import render_chat
+
+CARD = "README.md"
+
+_CARD = Template("""\
+---
+library_name: transformers.js
+pipeline_tag: image-text-to-text
+tags: [onnx, llava, switchkd]
+---
+
+# A vision-language model as ONNX
+
+$vision encoder, two-layer projector and $language language model: $parameters parameters. One picture is
+$tokens visual tokens of $height x $width pixels. Exported by switchkd; `manifest.json` lists every file with its
+SHA-256, every tensor with its name and shape, and the source.
+
+## Sizes
+
+$sizes
+
+## Parity
+
+Measured at export against PyTorch, on $prompts prompts with up to two pictures: in one go, in pieces with a KV cache,
+and in a batch with padding. The answers are greedy, $new_tokens tokens at most.
+
+$parity
+
+## Run it
+
+From a terminal:
+
+    switchkd ask . picture.png "What is in the picture?"
+
+In Python with switchkd:
+
+```python
+from switchkd.serve import Engine
+
+for piece in Engine.open(".").stream("What is in the picture?", pictures=["picture.png"]):
+    print(piece, end="", flush=True)
+```
+
+In Python with nothing but `onnxruntime`, `numpy`, `pillow` and `tokenizers` (a picture is squeezed to size here;
+see `preprocessor_config.json` for the exact steps, and `chat_template.jinja` for the exact prompt):
+
+```python
+$script
+```
+
+In JavaScript (Node or a browser, `npm install @huggingface/transformers`), served from a folder or a hub:
+
+```js
+import { AutoProcessor, LlavaForConditionalGeneration, load_image } from "@huggingface/transformers";
+
+const model = await LlavaForConditionalGeneration.from_pretrained("path/to/bundle", { dtype: "$dtype" });
+const processor = await AutoProcessor.from_pretrained("path/to/bundle");
+const messages = [{ role: "user", content: [{ type: "image" }, { type: "text", text: "What is in the picture?" }] }];
+const prompt = processor.tokenizer.apply_chat_template(messages, { tokenize: false, add_generation_prompt: true })
+  .replaceAll("$image_token", "$image_token".repeat($tokens));
+const image = await load_image("picture.png");
+const inputs = { ...processor.tokenizer(prompt), ...(await processor.image_processor(image)) };
+const output = await model.generate({ ...inputs, max_new_tokens: 64, do_sample: false });
+const answer = output.slice(null, [inputs.input_ids.dims[1], null]);
+console.log(processor.batch_decode(answer, { skip_special_tokens: true })[0]);
+```
+""")
+
+# Kept whole and runnable: a test cuts it out of a bundle's card and runs it.
+_SCRIPT = Template("""\
+import sys
+import numpy as np
+import onnxruntime
+from PIL import Image
+from tokenizers import Tokenizer
+
+picture, question = sys.argv[1:]
+vision, embed, decoder = (onnxruntime.InferenceSession(f"onnx/{name}$suffix.onnx")
+                          for name in ("vision_encoder", "embed_tokens", "decoder_model_merged"))
+tokenizer = Tokenizer.from_file("tokenizer.json")
+image = Image.open(picture).convert("RGB").resize(($width, $height), $resample)
+pixels = (np.asarray(image, dtype=np.float32) * $rescale - $mean) / $std
+features = vision.run(None, {"pixel_values": pixels.transpose(2, 0, 1)[None].astype(np.float32)})[0]
+prompt = $prompt.replace("QUESTION", question).replace("$image_token", "$image_token" * $tokens)
+ids = np.array([tokenizer.encode(prompt, add_special_tokens=False).ids])
+embeds = embed.run(None, {"input_ids": ids})[0]
+embeds[ids == $image_token_id] = features.reshape(-1, features.shape[-1])
+past = {i.name: np.zeros((1, $kv_heads, 0, $head_dim), np.float32)
+        for i in decoder.get_inputs() if i.name.startswith("past_key_values.")}
+answer, length = [], 0
+while len(answer) < 64:
+    new = embeds.shape[1]
+    logits, *cache = decoder.run(None, {
+        "inputs_embeds": embeds,
+        "attention_mask": np.ones((1, length + new), np.int64),
+        "position_ids": np.arange(length, length + new)[None],
+        **past,
+    })
+    past, length = dict(zip(past, cache)), length + new
+    token = int(logits[0, -1].argmax())
+    if token in $eos:
+        break
+    answer.append(token)
+    embeds = embed.run(None, {"input_ids": np.array([[token]])})[0]
+print(tokenizer.decode(answer))""")
+
+
+def write_card(bundle: Bundle, manifest: Manifest) -> None:
+    """Write README.md into a bundle folder from its manifest, `verification` included."""
+    model, source = manifest.model, manifest.source
+    records = manifest.verification
+    greedy = next(iter(records.values()))["greedy"]
+    _, height, width = model.picture_shape
+    text = _CARD.substitute(
+        vision=source["vision_model"],
+        language=source["language_model"],
+        parameters=f"{source['parameters']:,}",
+        tokens=model.tokens_per_picture,
+        height=height,
+        width=width,
+        sizes=_sizes(manifest),
+        prompts=greedy["prompts"],
+        new_tokens=greedy["max_new_tokens"],
+        parity=_parity(records),
+        script=_script(bundle, manifest),
+        dtype=manifest.precisions[0],
+        image_token=model.image_token,
+    )
+    (bundle.path / CARD).write_text(text, encoding="utf-8")
+
+
+def _sizes(manifest: Manifest) -> str:
+    rows = [["precision", *GRAPHS, "together"]]
+    for precision in manifest.precisions:
+        sizes = [
+            manifest.files[graph.file].bytes
+            for name in GRAPHS
+            for graph in manifest.graphs
+            if (graph.name, graph.precision) == (name, precision)
+        ]
+        rows.append([precision, *(f"{size / 1e6:.2f} MB" for size in (*sizes, sum(sizes)))])
+    return _table(rows)
+
+
+def _parity(records: Mapping[str, Any]) -> str:
+    rows = [["precision", "image features, relative RMS", "logits, relative RMS", "logits, largest", "equal answers"]]
+    for precision, record in records.items():
+        rows.append(
+            [
+                precision,
+                f"{record['image_features']['relative_rms']:.1e}",
+                f"{record['logits']['relative_rms']:.1e}",
+                f"{record['logits']['max_abs']:.1e}",
+                f"{record['greedy']['equal']} of {record['greedy']['prompts']}",
+            ]
+        )
+    return _table(rows)
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def _script(bundle: Bundle, manifest: Manifest) -> str:
+    model, preprocessing = manifest.model, bundle.preprocessing
+    _, height, width = model.picture_shape
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "QUESTION"}]}
+    prompt = render_chat(
+        bundle.chat_template, [question], add_generation_prompt=True, special_tokens=bundle.special_tokens
+    )
+    return _SCRIPT.substitute(
+        suffix=Path(bundle.graph(GRAPHS[0]).file).stem.removeprefix(GRAPHS[0]),
+        width=width,
+        height=height,
+        resample=preprocessing.resample,
+        rescale=1 if preprocessing.rescale is None else preprocessing.rescale,
+        mean=preprocessing.mean or 0,
+        std=preprocessing.std or 1,
+        prompt=repr(prompt),
+        image_token=model.image_token,
+        image_token_id=model.image_token_id,
+        tokens=model.tokens_per_picture,
+        kv_heads=model.cache.kv_heads,
+        head_dim=model.cache.head_dim,
+        eos=model.eos_token_ids,
+    )

@@ -1,0 +1,198 @@
+"""Reads a LLaVA checkpoint folder for export, and refuses in one line what cannot become a bundle."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from transformers import LlavaForConditionalGeneration
+from transformers.utils import logging as transformers_logging
+
+from .bundle import CacheShape, ModelFacts
+from .graphs import ExportError, quiet
+from .pixels import PictureError, Preprocessing
+
+VISION_TYPES = ("siglip_vision_model", "clip_vision_model")
+LANGUAGE_TYPES = ("qwen2", "llama")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory: the float32 model on the CPU, and the files beside it as they were read."""
+
+    path: Path
+    model: LlavaForConditionalGeneration
+    tokenizer: Tokenizer
+    tokenizer_config: dict[str, Any]
+    processor_config: dict[str, Any]
+    image_processor: dict[str, Any]
+    generation_config: dict[str, Any]
+    chat_template: str
+
+    @property
+    def config(self) -> Any:
+        """The model's LlavaConfig; transformers types its two parts as optional, `open_checkpoint` has seen them."""
+        return self.model.config
+
+    def facts(self) -> ModelFacts:
+        """What the bundle's manifest says about the model; raises ExportError where the checkpoint is silent."""
+        text, vision = self.config.text_config, self.config.vision_config
+        picture_shape = (vision.num_channels, vision.image_size, vision.image_size)
+        with torch.no_grad():
+            features = self.model.get_image_features(torch.zeros(1, *picture_shape)).pooler_output[0]
+        return ModelFacts(
+            image_token=self.image_token,
+            image_token_id=self.config.image_token_id,
+            tokens_per_picture=features.shape[0],
+            picture_shape=picture_shape,
+            eos_token_ids=self.eos_token_ids,
+            vocab_size=text.vocab_size,
+            hidden_size=text.hidden_size,
+            max_positions=text.max_position_embeddings,
+            cache=CacheShape(
+                layers=text.num_hidden_layers,
+                kv_heads=text.num_key_value_heads,
+                head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+                dtype="float32",
+            ),
+        )
+
+    @property
+    def image_token(self) -> str:
+        """The text of the token that stands for a picture; raises ExportError if the tokenizer lacks it."""
+        token = self.tokenizer.id_to_token(self.config.image_token_id)
+        if token is None:
+            raise ExportError(
+                f"{self.path}: image_token_index is {self.config.image_token_id}, which tokenizer.json does not have; "
+                "add the token or correct config.json"
+            )
+        return str(token)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer; raises ExportError if there are none."""
+        found = self.generation_config.get("eos_token_id")
+        if found is None:
+            found = self.config.text_config.eos_token_id
+        if found is None:
+            raise ExportError(f"{self.path}: no eos_token_id in generation_config.json or config.json; set one")
+        return (found,) if isinstance(found, int) else tuple(found)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Load a LlavaForConditionalGeneration folder from disk alone; raises ExportError naming file, reason, remedy."""
+    if not path.is_dir():
+        raise ExportError(f"{path}: no such checkpoint folder; give a folder written by `save_pretrained`")
+    _check_architecture(path)
+    processor_config = _read_json(path / "processor_config.json", optional=True)
+    # transformers 4 wrote the picture settings into a file of their own.
+    image_processor = processor_config.get("image_processor") or _read_json(path / "preprocessor_config.json")
+    try:
+        preprocessing = Preprocessing.from_config(image_processor)
+    except PictureError as error:
+        raise ExportError(f"{path}: {error}") from error
+    tokenizer_config = _read_json(path / "tokenizer_config.json")
+    checkpoint = Checkpoint(
+        path=path,
+        model=_load_model(path),
+        tokenizer=_load_tokenizer(path / "tokenizer.json"),
+        tokenizer_config=tokenizer_config,
+        processor_config=processor_config,
+        image_processor=image_processor,
+        generation_config=_read_json(path / "generation_config.json", optional=True),
+        chat_template=_chat_template(path, tokenizer_config),
+    )
+    _check_sizes(checkpoint, preprocessing)
+    return checkpoint
+
+
+def _check_architecture(path: Path) -> None:
+    config = _read_json(path / "config.json")
+    text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
+    for name, found, known in (
+        ("model_type", config.get("model_type"), ("llava",)),
+        ("vision_config.model_type", vision.get("model_type"), VISION_TYPES),
+        ("text_config.model_type", text.get("model_type"), LANGUAGE_TYPES),
+    ):
+        if found not in known:
+            raise ExportError(f"{path / 'config.json'}: {name} is {found!r}, switchkd exports {' or '.join(known)}")
+    if set(text.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+        raise ExportError(f"{path / 'config.json'}: the language model uses sliding windows, which cannot be exported")
+
+
+def _load_model(path: Path) -> LlavaForConditionalGeneration:
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with quiet():
+            loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+                path,
+                dtype=torch.float32,
+                # Written out step by step it makes the smaller graph, and the fused kernels change nothing here.
+                attn_implementation="eager",
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ExportError(f"{path}: the weights cannot be loaded ({reason}); save the checkpoint again") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    model: LlavaForConditionalGeneration
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        # transformers would go on with random numbers in their place.
+        raise ExportError(f"{path}: {len(missing)} weights are missing, the first is {missing[0]}; save it again")
+    model.eval().requires_grad_(False)
+    return model
+
+
+def _load_tokenizer(file: Path) -> Tokenizer:
+    if not file.is_file():
+        raise ExportError(f"{file}: missing; save the tokenizer in its fast form")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception and nothing more exact
+        raise ExportError(f"{file}: not a tokenizer ({error}); save the tokenizer again") from error
+
+
+def _chat_template(path: Path, tokenizer_config: dict[str, Any]) -> str:
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    older = _read_json(path / "chat_template.json", optional=True).get("chat_template")
+    template = older or tokenizer_config.get("chat_template")
+    if not isinstance(template, str):
+        raise ExportError(f"{file}: missing, and no other file holds a chat template; save the processor with one")
+    return template
+
+
+def _check_sizes(checkpoint: Checkpoint, preprocessing: Preprocessing) -> None:
+    side = checkpoint.config.vision_config.image_size
+    if preprocessing.output_size != (side, side):
+        raise ExportError(
+            f"{checkpoint.path}: pictures are prepared as {preprocessing.output_size}, the vision encoder takes "
+            f"({side}, {side}); make size or crop_size of the image processor fit"
+        )
+    have, rows = checkpoint.tokenizer.get_vocab_size(), checkpoint.config.text_config.vocab_size
+    if have > rows:
+        raise ExportError(f"{checkpoint.path}: the tokenizer has {have} tokens, the language model only {rows}")
+
+
+def _read_json(file: Path, *, optional: bool = False) -> dict[str, Any]:
+    if not file.is_file():
+        if optional:
+            return {}
+        raise ExportError(f"{file}: missing; save the checkpoint and its processor again")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ExportError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ExportError(f"{file}: not a JSON object")
+    return content

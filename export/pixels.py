@@ -1,0 +1,220 @@
+"""The one image preprocessing of training, export and serving: any picture file in, the model's float pixels out.
+
+Shapes in names: C channels, H height, W width.
+"""
+
+import io
+import math
+import struct
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# What a person's picture comes in. Pillow reads more, but some of it (EPS) starts other programs.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb: 256 MB as RGB
+
+# What Pillow's readers raise on damaged data.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, OverflowError, struct.error, zlib.error)
+
+
+class PictureError(ValueError):
+    """A picture that cannot be used, or preprocessing settings that cannot be followed."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes pixels: resize, centre crop, rescale, normalise, in this order (None skips the step)."""
+
+    size: tuple[int, int] | int | None  # (height, width), or the shortest edge with the aspect ratio kept
+    crop: tuple[int, int] | None  # (height, width)
+    resample: int  # Pillow's number: 0 nearest, 1 lanczos, 2 bilinear, 3 bicubic, 4 box, 5 hamming
+    rescale: float | None
+    mean: tuple[float, float, float] | None
+    std: tuple[float, float, float] | None
+
+    def __post_init__(self) -> None:
+        if self.resample not in set(Image.Resampling):
+            raise PictureError(f"preprocessing: resample is {self.resample}, expected one of 0 to 5 as Pillow counts")
+        if (self.mean is None) != (self.std is None):
+            raise PictureError("preprocessing: image_mean and image_std must be given together")
+        if self.std is not None and min(self.std) <= 0:
+            raise PictureError(f"preprocessing: image_std is {self.std}, expected positive numbers")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Read preprocessor_config.json, or processor_config.json with its "image_processor" part.
+
+        Raises PictureError where the settings ask for a step that is not implemented here.
+        """
+        config = config.get("image_processor", config)
+        if config.get("do_pad"):
+            raise PictureError("preprocessing: do_pad is true, which is not supported; resize to a fixed size instead")
+        normalise = config.get("do_normalize", True)
+        return cls(
+            size=_size(config.get("size")) if config.get("do_resize", True) else None,
+            crop=_crop(config.get("crop_size")) if config.get("do_center_crop") else None,
+            resample=int(config.get("resample", Image.Resampling.BICUBIC)),
+            rescale=float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else None,
+            mean=_per_channel(config.get("image_mean"), "image_mean") if normalise else None,
+            std=_per_channel(config.get("image_std"), "image_std") if normalise else None,
+        )
+
+    @property
+    def output_size(self) -> tuple[int, int] | None:
+        """Height and width of every result, or None where they depend on the picture."""
+        return self.crop or (self.size if isinstance(self.size, tuple) else None)
+
+
+def _size(size: Any) -> tuple[int, int] | int:
+    if isinstance(size, int):
+        return size
+    if isinstance(size, Mapping):
+        given = {key: value for key, value in size.items() if value is not None}
+        if set(given) == {"height", "width"}:
+            return int(given["height"]), int(given["width"])
+        if set(given) == {"shortest_edge"}:
+            return int(given["shortest_edge"])
+    raise PictureError(f"preprocessing: size is {size}, expected height and width, or shortest_edge")
+
+
+def _crop(size: Any) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, Mapping) and size.get("height") and size.get("width"):
+        return int(size["height"]), int(size["width"])
+    raise PictureError(f"preprocessing: crop_size is {size}, expected height and width")
+
+
+def _per_channel(value: Any, name: str) -> tuple[float, float, float]:
+    if isinstance(value, (int, float)):
+        return float(value), float(value), float(value)
+    if isinstance(value, Sequence) and len(value) == 3:
+        return float(value[0]), float(value[1]), float(value[2])
+    raise PictureError(f"preprocessing: {name} is {value}, expected one number or three")
+
+
+def open_picture(source: str | Path | bytes) -> Image.Image:
+    """Read any picture a person has as upright RGB: turned by its EXIF, alpha on white, 16 bit scaled, first frame.
+
+    `source` is a path or the file's bytes. Raises PictureError naming the file, the reason and the way out.
+    """
+    name = "the picture" if isinstance(source, bytes) else str(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise _too_large(name) from None
+    except FileNotFoundError:
+        raise PictureError(f"{name}: no such file; check the path") from None
+    except IsADirectoryError:
+        raise PictureError(f"{name}: is a folder; give a picture file") from None
+    except PermissionError:
+        raise PictureError(f"{name}: may not be read; check its permissions") from None
+    except UnidentifiedImageError:
+        raise PictureError(f"{name}: not a picture in a known format; save it as PNG or JPEG") from None
+    except _BROKEN as error:
+        raise PictureError(f"{name}: cannot be opened ({_one_line(error)}); save it again as PNG or JPEG") from error
+    with picture:
+        # Warnings may be off in another thread of this process: the size is checked here too.
+        if picture.width * picture.height > MAX_PIXELS:
+            raise _too_large(name)
+        try:
+            picture.load()
+            return to_rgb(_upright(picture))
+        except _BROKEN as error:
+            raise PictureError(f"{name}: damaged ({_one_line(error)}); save it again as PNG or JPEG") from error
+
+
+def _too_large(name: str) -> PictureError:
+    return PictureError(f"{name}: more than {MAX_PIXELS:,} pixels; scale it down first")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except _BROKEN:
+        return picture  # the picture was read; only the note about its orientation is damaged
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Convert any Pillow mode to RGB with transparency on white, and deep greys scaled to 8 bit, not clipped."""
+    if picture.mode == "RGB" and picture.info.get("transparency") is None:
+        return picture
+    if picture.mode.startswith("I") or picture.mode == "F":
+        return _deep_grey(picture).convert("RGB")
+    if picture.mode == "La":
+        picture = picture.convert("LA")
+    if "A" in picture.getbands() or "a" in picture.getbands() or picture.info.get("transparency") is not None:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _deep_grey(picture: Image.Image) -> Image.Image:
+    grey_HW = np.nan_to_num(np.asarray(picture).astype(np.float64))
+    low, high = min(0.0, float(grey_HW.min())), float(grey_HW.max())
+    if picture.mode.startswith("I;16") or (low == 0 and 255 < high <= 65535):
+        high = 65535.0
+    elif low == 0 and 1 < high <= 255:
+        high = 255.0
+    scale = 255.0 / (high - low) if high > low else 0.0
+    return Image.fromarray(np.clip(np.rint((grey_HW - low) * scale), 0, 255).astype(np.uint8))
+
+
+def to_pixels(picture: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
+    """Turn a picture into the model's float32 pixels_CHW, equal to Hugging Face's Pillow image processors.
+
+    Raises PictureError where the picture has an edge of zero.
+    """
+    if 0 in picture.size:
+        raise PictureError(f"the picture is {picture.width}x{picture.height}; it needs at least one pixel")
+    picture = to_rgb(picture)
+    if preprocessing.size is not None:
+        picture = picture.resize(
+            _resized(picture, preprocessing.size), resample=Image.Resampling(preprocessing.resample)
+        )
+    pixels_HWC: npt.NDArray[Any] = np.asarray(picture)
+    if preprocessing.crop is not None:
+        pixels_HWC = _center_crop(pixels_HWC, preprocessing.crop)
+    if preprocessing.rescale is not None:
+        # In double precision first, as the Hugging Face processors do: single precision differs in the last bit.
+        pixels_HWC = pixels_HWC.astype(np.float64) * preprocessing.rescale
+    pixels_HWC = pixels_HWC.astype(np.float32)
+    if preprocessing.mean is not None:
+        mean_C = np.array(preprocessing.mean, dtype=np.float32)
+        std_C = np.array(preprocessing.std, dtype=np.float32)
+        pixels_HWC = (pixels_HWC - mean_C) / std_C
+    return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1), dtype=np.float32)
+
+
+def _resized(picture: Image.Image, size: tuple[int, int] | int) -> tuple[int, int]:
+    """Width and height (Pillow's order) after resizing."""
+    if isinstance(size, tuple):
+        return size[1], size[0]
+    long = int(size * max(picture.size) / min(picture.size))
+    return (size, long) if picture.width <= picture.height else (long, size)
+
+
+def _center_crop(pixels_HWC: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
+    """Cut `size` from the middle; a picture smaller than that gets a black border."""
+    pads = [max(0, wanted - have) for wanted, have in zip(size, pixels_HWC.shape, strict=False)]
+    # The odd pixel of the border goes in front when padding, behind when cutting: Hugging Face's rounding.
+    before = [math.ceil(pad / 2) for pad in pads]
+    starts = [(have - wanted) // 2 + front for have, wanted, front in zip(pixels_HWC.shape, size, before, strict=False)]
+    padded_HWC = np.pad(pixels_HWC, [(before[0], pads[0] - before[0]), (before[1], pads[1] - before[1]), (0, 0)])
+    top, left = max(0, starts[0]), max(0, starts[1])
+    return padded_HWC[top : top + size[0], left : left + size[1]]

@@ -1,0 +1,62 @@
+"""The PyTorch model as the reference that graphs are compared with.
+
+Shapes in names: C channels, H height, W width, P pictures, N visual tokens, D hidden size, T tokens, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from .verification import Array, Greedy
+
+
+class TorchReference:
+    """A LLaVA model through its own methods, none of the code that was traced for the graphs."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, eos_token_ids: Sequence[int]) -> None:
+        self.model = model
+        self.eos_token_ids = eos_token_ids
+
+    @torch.no_grad()
+    def encode(self, pixels_PCHW: Array) -> Array:
+        """Pictures to features_PND."""
+        features = self.model.get_image_features(torch.from_numpy(pixels_PCHW)).pooler_output
+        return torch.stack(list(features)).numpy()
+
+    @torch.no_grad()
+    def embed(self, ids_BT: Array) -> Array:
+        """Token ids to embeds_BTD."""
+        embeds_BTD: Array = self.model.get_input_embeddings()(torch.from_numpy(ids_BT)).numpy()
+        return embeds_BTD
+
+    @torch.no_grad()
+    def logits(self, embeds_BTD: Array) -> Array:
+        """logits_BTV of whole prompts in one go."""
+        logits_BTV: Array = self.model(inputs_embeds=torch.from_numpy(embeds_BTD)).logits.numpy()
+        return logits_BTV
+
+    def merge(self, ids: Sequence[int], pixels_PCHW: Array | None) -> Array:
+        """embeds_1TD of a prompt, visual features in the places of its image tokens."""
+        embeds_1TD = self.embed(np.array([ids], dtype=np.int64)).copy()
+        if pixels_PCHW is not None:
+            places_T = np.array(ids) == self.model.config.image_token_id
+            embeds_1TD[0, places_T] = self.encode(pixels_PCHW).reshape(-1, embeds_1TD.shape[-1])
+        return embeds_1TD
+
+    @torch.no_grad()
+    def greedy(self, ids: Sequence[int], pixels_PCHW: Array | None, max_new_tokens: int) -> Greedy:
+        """The most likely answer, token by token; generation settings such as penalties stay out of it."""
+        tokens: list[int] = []
+        rows: list[torch.Tensor] = []
+        ids_1T = torch.tensor([list(ids)])
+        pixels = None if pixels_PCHW is None else torch.from_numpy(pixels_PCHW)
+        cache = None
+        while True:
+            output = self.model(input_ids=ids_1T, pixel_values=pixels, past_key_values=cache, use_cache=True)
+            rows.append(output.logits[0, -1])
+            tokens.append(int(rows[-1].argmax()))
+            if tokens[-1] in self.eos_token_ids or len(tokens) == max_new_tokens:
+                return Greedy(tokens, torch.stack(rows).numpy())
+            ids_1T, pixels, cache = torch.tensor([tokens[-1:]]), None, output.past_key_values

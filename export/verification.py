@@ -1,0 +1,215 @@
+"""Runs a bundle's graphs with onnxruntime: do they load, carry the promised names, axes and shapes, and hold together?
+
+Shapes in names: B batch, C channels, H height, W width, P pictures, N visual tokens, D hidden size, T new tokens,
+V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from .bundle import DECODER, EMBED_TOKENS, GRAPHS, VISION_ENCODER, Bundle, GraphFile, TensorSpec
+
+Array = npt.NDArray[Any]
+Cache = list[Array]  # key and value of every layer, as CacheShape.past_names orders them
+
+_ONNX_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
+# onnxruntime's errors have no common base of their own.
+_ORT_ERRORS = (
+    ort_errors.EPFail,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoModel,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+
+
+class VerificationError(ValueError):
+    """A graph that is not what the bundle promises; the subclasses say in which way."""
+
+
+class GraphRunError(VerificationError):
+    """onnxruntime cannot load or run the graph."""
+
+
+class NamesError(VerificationError):
+    """Inputs or outputs are missing, too many, or in another order."""
+
+
+class AxesError(VerificationError):
+    """An input or output has another type, another size, or a fixed axis that must be free."""
+
+
+class ShapeError(VerificationError):
+    """A result has another shape than promised, or is not finite."""
+
+
+class ValuesError(VerificationError):
+    """Results are further from the expected values than allowed."""
+
+
+class TokensError(VerificationError):
+    """Greedy answers differ where they must not."""
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """A greedy answer: its tokens (the end token included), and the logits that each was chosen from."""
+
+    tokens: list[int]
+    logits_TV: Array
+
+
+class GraphRunner:
+    """The three graphs of a bundle in one precision, each result checked against the manifest's promise."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self._graphs = {name: bundle.graph(name) for name in GRAPHS}
+        self._sessions = {}
+        for name, graph in self._graphs.items():
+            self._sessions[name] = _open_session(bundle, graph)
+            _check_interface(self._sessions[name], graph)
+
+    def run(self, name: str, inputs: Sequence[Array]) -> list[Array]:
+        """Run one graph on inputs in its own order; raises GraphRunError and ShapeError."""
+        graph = self._graphs[name]
+        feeds = {spec.name: array for spec, array in zip(graph.inputs, inputs, strict=True)}
+        try:
+            outputs = self._sessions[name].run([spec.name for spec in graph.outputs], feeds)
+        except _ORT_ERRORS as error:
+            raise GraphRunError(f"{graph.file}: fails at {_shapes(feeds)}: {_one_line(error)}") from error
+        results = [np.asarray(output) for output in outputs]
+        _check_shapes(graph, list(inputs), results)
+        return results
+
+    def encode(self, pixels_PCHW: Array) -> Array:
+        """Pictures to features_PND."""
+        return self.run(VISION_ENCODER, [pixels_PCHW])[0]
+
+    def embed(self, ids_BT: Array) -> Array:
+        """Token ids to embeds_BTD."""
+        return self.run(EMBED_TOKENS, [ids_BT])[0]
+
+    def empty_cache(self, batch: int = 1) -> Cache:
+        """A cache of length zero."""
+        cache = self.bundle.model.cache
+        shape = (batch, cache.kv_heads, 0, cache.head_dim)
+        return [np.zeros(shape, dtype=cache.dtype) for _ in cache.past_names()]
+
+    def decode(self, embeds_BTD: Array, cache: Cache, mask_BS: Array | None = None) -> tuple[Array, Cache]:
+        """New tokens after a cache: logits_BTV and the grown cache; `mask_BS` is zero at padding."""
+        batch, new = embeds_BTD.shape[:2]
+        total = cache[0].shape[2] + new
+        if mask_BS is None:
+            mask_BS = np.ones((batch, total), dtype=np.int64)
+        positions_BT = np.maximum(np.cumsum(mask_BS, axis=1) - 1, 0)[:, total - new :]
+        logits_BTV, *grown = self.run(DECODER, [embeds_BTD, mask_BS, positions_BT, *cache])
+        return logits_BTV, grown
+
+    def logits(self, embeds_BTD: Array) -> Array:
+        """logits_BTV of whole prompts in one go."""
+        return self.decode(embeds_BTD, self.empty_cache(embeds_BTD.shape[0]))[0]
+
+    def merge(self, ids: Sequence[int], pixels_PCHW: Array | None) -> Array:
+        """embeds_1TD of a prompt, visual features in the places of its image tokens."""
+        embeds_1TD = self.embed(np.array([ids], dtype=np.int64))
+        if pixels_PCHW is not None:
+            places_T = np.array(ids) == self.bundle.model.image_token_id
+            embeds_1TD[0, places_T] = self.encode(pixels_PCHW).reshape(-1, embeds_1TD.shape[-1])
+        return embeds_1TD
+
+    def greedy(self, ids: Sequence[int], pixels_PCHW: Array | None, max_new_tokens: int) -> Greedy:
+        """The most likely answer, token by token, ending with an end token or at `max_new_tokens`."""
+        embeds_1TD, cache = self.merge(ids, pixels_PCHW), self.empty_cache()
+        tokens: list[int] = []
+        rows: list[Array] = []
+        while True:
+            logits_1TV, cache = self.decode(embeds_1TD, cache)
+            rows.append(logits_1TV[0, -1])
+            tokens.append(int(rows[-1].argmax()))
+            if tokens[-1] in self.bundle.model.eos_token_ids or len(tokens) == max_new_tokens:
+                return Greedy(tokens, np.stack(rows))
+            embeds_1TD = self.embed(np.array([tokens[-1:]], dtype=np.int64))
+
+
+def exercise(runner: GraphRunner) -> int:
+    """Run every graph over its free axes: pictures 0 to 2, batch 1 and 2, several lengths, empty and filled cache.
+
+    Returns the number of runs; raises what `GraphRunner.run` raises.
+    """
+    model = runner.bundle.model
+    random = np.random.default_rng(0)
+    runs = 0
+    for pictures in (1, 2):
+        runner.encode(random.uniform(-1, 1, (pictures, *model.picture_shape)).astype(np.float32))
+        runs += 1
+    for batch, lengths in ((1, (1,)), (1, (3, 1)), (2, (model.tokens_per_picture + 5, 4, 1, 1))):
+        cache = runner.empty_cache(batch)
+        for new in lengths:
+            embeds_BTD = runner.embed(random.integers(0, model.vocab_size, (batch, new)))
+            _, cache = runner.decode(embeds_BTD, cache)
+            runs += 2
+    return runs
+
+
+def _open_session(bundle: Bundle, graph: GraphFile) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    # Threads that wait by spinning take the processor from whatever trains beside a verification.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3  # errors reach us as exceptions; warnings would go to the terminal
+    try:
+        return onnxruntime.InferenceSession(bundle.path / graph.file, options, providers=["CPUExecutionProvider"])
+    except _ORT_ERRORS as error:
+        raise GraphRunError(f"{graph.file}: onnxruntime cannot load it: {_one_line(error)}") from error
+
+
+def _check_interface(session: onnxruntime.InferenceSession, graph: GraphFile) -> None:
+    for kind, found, promised in (
+        ("inputs", session.get_inputs(), graph.inputs),
+        ("outputs", session.get_outputs(), graph.outputs),
+    ):
+        names, expected = [value.name for value in found], [spec.name for spec in promised]
+        if names != expected:
+            raise NamesError(f"{graph.file}: its {kind} are {names}, expected {expected}")
+        for value, spec in zip(found, promised, strict=True):
+            have = TensorSpec(value.name, _ONNX_TYPES.get(value.type, value.type), tuple(value.shape))
+            if have != spec:
+                raise AxesError(
+                    f"{graph.file}: {spec.name} is {have.dtype} {list(have.shape)}, "
+                    f"expected {spec.dtype} {list(spec.shape)}; a number in place of a name is a frozen axis"
+                )
+
+
+def _check_shapes(graph: GraphFile, inputs: list[Array], outputs: list[Array]) -> None:
+    sizes: dict[str, int] = {}
+    for spec, array in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True):
+        expected = tuple(
+            sizes.setdefault(axis, size) if isinstance(axis, str) else axis
+            for axis, size in zip(spec.shape, array.shape, strict=False)
+        )
+        if array.shape != expected or len(array.shape) != len(spec.shape) or array.dtype != spec.dtype:
+            raise ShapeError(
+                f"{graph.file}: {spec.name} came out as {array.dtype} {list(array.shape)}, expected "
+                f"{spec.dtype} {list(spec.shape)} with {sizes}"
+            )
+    for spec, array in zip(graph.outputs, outputs, strict=True):
+        if not np.isfinite(array).all():
+            raise ShapeError(f"{graph.file}: {spec.name} holds numbers that are not finite at {sizes}")
+
+
+def _shapes(feeds: dict[str, Array]) -> str:
+    return ", ".join(f"{name} {list(array.shape)}" for name, array in list(feeds.items())[:4])
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

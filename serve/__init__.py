@@ -1,0 +1,26 @@
+"""Serving: a bundle folder, pictures and messages in, streamed answers out; never imports torch."""
+
+from switchkd.export.bundle import BundleError
+from switchkd.export.pixels import PictureError
+from switchkd.export.prompt import PromptError
+
+from .conversation import ConversationError, Message
+from .engine import MAX_NEW_TOKENS, Answer, AnswerStream, Engine, Seconds
+from .picture_encoder import Picture
+from .sampling import Sampling, SamplingError
+
+__all__ = [
+    "MAX_NEW_TOKENS",
+    "Answer",
+    "AnswerStream",
+    "BundleError",
+    "ConversationError",
+    "Engine",
+    "Message",
+    "Picture",
+    "PictureError",
+    "PromptError",
+    "Sampling",
+    "SamplingError",
+    "Seconds",
+]

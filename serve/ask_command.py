@@ -1,0 +1,63 @@
+"""`switchkd ask`: a picture and a question to a bundle, the answer streamed to the terminal."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from . import (
+    MAX_NEW_TOKENS,
+    Answer,
+    BundleError,
+    ConversationError,
+    Engine,
+    PictureError,
+    PromptError,
+    Sampling,
+    SamplingError,
+)
+
+ERRORS = (BundleError, ConversationError, PictureError, PromptError, SamplingError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder made by `switchkd export`")
+    parser.add_argument("picture", metavar="PICTURE", help="picture file: JPEG, PNG, WebP, GIF, TIFF, AVIF, ...")
+    parser.add_argument("question", metavar="QUESTION", help="what to ask about it")
+    parser.add_argument("--precision", help="which of the bundle's precisions (default: its first)")
+    parser.add_argument("--threads", type=int, help="threads to compute with (default: one a core)")
+    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens up to P")
+    parser.add_argument("--seed", type=int, help="repeat a random answer")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
+    parser.add_argument("--timing", action="store_true", help="say on stderr where the time went, terminal or not")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer one question; the errors in ERRORS are for people."""
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    engine = Engine.open(args.bundle, args.precision, args.threads)
+    stream = engine.stream(args.question, [args.picture], max_new_tokens=args.max_new_tokens, sampling=sampling)
+    for piece in stream:
+        if not args.json:
+            print(piece, end="", flush=True)
+    if args.json:
+        print(json.dumps({**asdict(stream.answer), "precision": engine.bundle.precision}, ensure_ascii=False))
+    else:
+        print()
+    if args.timing or (sys.stderr.isatty() and not args.json):
+        print(timing_line(stream.answer), file=sys.stderr)
+    return 0
+
+
+def timing_line(answer: Answer) -> str:
+    """Say in one line how long an answer took and why it ended."""
+    seconds = answer.seconds
+    parts = [f"picture {seconds.encode * 1000:.0f} ms", f"prompt {seconds.prefill * 1000:.0f} ms"]
+    speed = answer.tokens_per_second
+    parts.append(f"{len(answer.tokens)} tokens" + (f" at {speed:.0f} a second" if speed else ""))
+    if answer.finish_reason == "length":
+        parts.append("cut off at the limit")
+    return f"({', '.join(parts)})"

@@ -1,0 +1,51 @@
+"""The language model of a bundle: embeddings in, the logits of the next token out, memory in a KVCache.
+
+Shapes in names: T positions given at once, D hidden width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from switchkd.export.bundle import DECODER, EMBED_TOKENS, Bundle
+
+from .graph_session import GraphSession
+from .kv_cache import KVCache
+
+Floats = npt.NDArray[np.float32]
+
+
+class Decoder:
+    """Token embeddings and decoder of a bundle; holds no conversation, so many can share it."""
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        self._embed = GraphSession(bundle, EMBED_TOKENS, threads)
+        self._decode = GraphSession(bundle, DECODER, threads)
+        self._cache_shape = bundle.model.cache
+
+    def new_cache(self) -> KVCache:
+        """An empty memory, for one conversation."""
+        return KVCache(self._cache_shape)
+
+    def embed(self, tokens: Sequence[int]) -> Floats:
+        """Return embeddings_TD of token ids."""
+        ids = self._embed.value("input_ids", np.array([tokens]))
+        embeddings_TD: Floats = self._embed.run({"input_ids": ids})["inputs_embeds"].numpy()[0]
+        return embeddings_TD
+
+    def read(self, embeddings_TD: Floats, cache: KVCache) -> Floats:
+        """Read T more positions into the cache and return logits_V of the token after them."""
+        past, new = cache.length, len(embeddings_TD)
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "inputs_embeds": embeddings_TD[None],
+            "attention_mask": np.ones((1, past + new)),
+            "position_ids": np.arange(past, past + new)[None],
+        }
+        feeds = {name: self._decode.value(name, array) for name, array in arrays.items() if self._decode.takes(name)}
+        outputs = self._decode.run({**feeds, **cache.inputs})
+        cache.advance(outputs, new)
+        # A view of onnxruntime's memory: a long prompt's logits are hundreds of megabytes, of which one row is used.
+        logits_V: Floats = np.from_dlpack(outputs["logits"])[0, -1].astype(np.float32)
+        return logits_V

@@ -1,0 +1,201 @@
+"""Pictures and messages in, a stream of text out: the whole of answering from a bundle, without torch.
+
+Shapes in names: T prompt tokens, N visual tokens, D hidden width, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Literal, Self
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from switchkd.export.bundle import Bundle, BundleError
+
+from .conversation import ConversationError, Message, PromptTokens, to_messages
+from .decoder import Decoder, Floats
+from .picture_encoder import Picture, PictureEncoder, Pixels
+from .sampling import Sampler, Sampling
+from .text_stream import TextStream
+
+MAX_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Where an answer's time went: opening and encoding its pictures, reading the prompt, writing the later tokens."""
+
+    encode: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+    @property
+    def first_token(self) -> float:
+        """Seconds until the first token."""
+        return self.encode + self.prefill
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was answered: text, token ids (the end token is not among them), why it ended, and how long it took."""
+
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: Literal["stop", "length"] | None  # None: not finished
+    seconds: Seconds
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed of writing after the first token, or None where there was no second one."""
+        return (len(self.tokens) - 1) / self.seconds.decode if self.seconds.decode and len(self.tokens) > 1 else None
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One checked request: token ids of the prompt, pixels_CHW of its pictures in order, seconds to open them."""
+
+    prompt: Sequence[int]
+    pictures: Sequence[Pixels]
+    opening: float
+    max_tokens: int
+    sampling: Sampling
+
+
+class AnswerStream(Iterator[str]):
+    """The pieces of one answer as they come; `answer` holds what has been answered so far."""
+
+    def __init__(self, engine: "Engine", request: _Request) -> None:
+        self._engine = engine
+        self._request = request
+        self._sampler = Sampler(request.sampling)
+        self._text = TextStream(engine.tokenizer)
+        self._tokens: list[int] = []
+        self._seconds = {"encode": request.opening, "prefill": 0.0, "decode": 0.0}
+        self._finish_reason: Literal["stop", "length"] | None = None
+        self._pieces = self._write()
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def answer(self) -> Answer:
+        """What has been answered so far; whole once the stream has ended."""
+        return Answer(
+            text=self._text.text,
+            tokens=tuple(self._tokens),
+            prompt_tokens=len(self._request.prompt),
+            finish_reason=self._finish_reason,
+            seconds=Seconds(**self._seconds),
+        )
+
+    def _write(self) -> Iterator[str]:
+        decoder, cache = self._engine.decoder, self._engine.decoder.new_cache()
+        start = perf_counter()
+        features = [self._engine.encoder.encode(pixels_CHW) for pixels_CHW in self._request.pictures]
+        start = self._spend("encode", start)
+        logits_V = decoder.read(self._engine.place_pictures(self._request.prompt, features), cache)
+        token = self._sampler.choose(logits_V)
+        self._spend("prefill", start)
+        while token not in self._engine.bundle.model.eos_token_ids:
+            self._tokens.append(token)
+            if piece := self._text.push(token):
+                yield piece
+            if len(self._tokens) == self._request.max_tokens:
+                self._finish_reason = "length"
+                break
+            start = perf_counter()
+            token = self._sampler.choose(decoder.read(decoder.embed([token]), cache))
+            self._spend("decode", start)
+        else:
+            self._finish_reason = "stop"
+        if piece := self._text.finish():
+            yield piece
+
+    def _spend(self, part: str, start: float) -> float:
+        now = perf_counter()
+        self._seconds[part] += now - start
+        return now
+
+
+class Engine:
+    """A bundle that answers; threads may share it, every answer has its own memory."""
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise ConversationError(f"threads is {threads}, expected 1 or more")
+        self.bundle = bundle
+        self.tokenizer = _read_tokenizer(bundle)
+        self.encoder = PictureEncoder(bundle, threads)
+        self.decoder = Decoder(bundle, threads)
+        self._prompt = PromptTokens(bundle, self.tokenizer)
+
+    @classmethod
+    def open(cls, path: str | Path, precision: str | None = None, threads: int | None = None) -> Self:
+        """Open a bundle folder with `threads` for each graph (None: one a core).
+
+        `precision=None` takes the bundle's first: whoever exported it measured them and put the recommended one in
+        front. Raises BundleError.
+        """
+        return cls(Bundle.open(path, precision), threads)
+
+    def stream(
+        self,
+        question: str | Sequence[Message],
+        pictures: Sequence[Picture] = (),
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling | None = None,
+    ) -> AnswerStream:
+        """Check a question (or chat messages whose image parts are `pictures`, in order) and answer it piece by piece.
+
+        Greedy unless `sampling` says otherwise; ends at an end token, after `max_new_tokens` or where the model's
+        context is full. Raises PictureError, PromptError or ConversationError before the first piece.
+        """
+        if max_new_tokens < 1:
+            raise ConversationError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
+        messages = to_messages(question, len(pictures))
+        start = perf_counter()
+        pixels = [self.encoder.pixels(picture) for picture in pictures]
+        opening = perf_counter() - start
+        prompt = self._prompt.encode(messages, len(pictures))
+        room = self.bundle.model.max_positions - len(prompt)
+        if room < 1:
+            raise ConversationError(
+                f"the prompt has {len(prompt)} tokens ({len(pictures)} pictures of "
+                f"{self.bundle.model.tokens_per_picture} each among them), the model reads at most "
+                f"{self.bundle.model.max_positions - 1} and an answer; ask with less text or fewer pictures"
+            )
+        max_tokens = min(max_new_tokens, room)
+        return AnswerStream(self, _Request(prompt, pixels, opening, max_tokens, sampling or Sampling()))
+
+    def answer(
+        self,
+        question: str | Sequence[Message],
+        pictures: Sequence[Picture] = (),
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling | None = None,
+    ) -> Answer:
+        """Answer at once: the arguments and errors of `stream`."""
+        stream = self.stream(question, pictures, max_new_tokens=max_new_tokens, sampling=sampling)
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def place_pictures(self, prompt: Sequence[int], features: Sequence[Floats]) -> Floats:
+        """Return the prompt's embeddings_TD with every picture's features_ND in the places of its image tokens."""
+        embeddings_TD = self.decoder.embed(prompt)
+        if features:
+            places_T = np.array(prompt) == self.bundle.model.image_token_id
+            embeddings_TD[places_T] = np.concatenate(features)
+        return embeddings_TD
+
+
+def _read_tokenizer(bundle: Bundle) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(bundle.tokenizer_path))
+    except Exception as error:  # tokenizers raises bare Exception for every bad file
+        raise BundleError(f"{bundle.tokenizer_path}: no tokenizer ({error}); copy the bundle again") from error

@@ -1,0 +1,55 @@
+"""Opens one ONNX graph of a bundle with onnxruntime and runs it on values that stay onnxruntime's own."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from onnxruntime import OrtValue
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+from switchkd.export.bundle import Bundle, BundleError
+
+# onnxruntime's errors have no common base but Exception.
+_UNUSABLE = (
+    state.EPFail,
+    state.Fail,
+    state.InvalidArgument,
+    state.InvalidGraph,
+    state.InvalidProtobuf,
+    state.NoSuchFile,
+    state.NotImplemented,
+    state.RuntimeException,
+)
+
+
+class GraphSession:
+    """One graph ready to run; several threads may run it at once."""
+
+    def __init__(self, bundle: Bundle, name: str, threads: int | None = None) -> None:
+        """Open the graph `name` of a bundle; raises BundleError where onnxruntime cannot read the file."""
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only: warnings are for those who made the graph
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        graph, path = bundle.graph(name), bundle.graph_path(name)
+        try:
+            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except _UNUSABLE as error:
+            reason = " ".join(str(error).split())
+            raise BundleError(f"{path}: onnxruntime cannot use it ({reason}); copy the bundle again") from error
+        self._dtypes = {tensor.name: np.dtype(tensor.dtype) for tensor in graph.inputs}
+        self.outputs = tuple(tensor.name for tensor in graph.outputs)
+
+    def takes(self, name: str) -> bool:
+        """Whether the graph has an input of this name."""
+        return name in self._dtypes
+
+    def value(self, name: str, array: npt.NDArray[np.generic]) -> OrtValue:
+        """Wrap an array for the input `name`, in the type that the graph wants there."""
+        value: OrtValue = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, dtype=self._dtypes[name]))
+        return value
+
+    def run(self, inputs: Mapping[str, OrtValue]) -> dict[str, OrtValue]:
+        """Run the graph; the results are onnxruntime's own memory and can go back in without a copy."""
+        return dict(zip(self.outputs, self._session.run_with_ort_values(list(self.outputs), dict(inputs)), strict=True))

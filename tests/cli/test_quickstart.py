@@ -1,0 +1,90 @@
+"""Quickstart through the real command: what it leaves behind, that it goes on where it was, and what it prints."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from switchkd.cli.main import main
+from switchkd.cli.quickstart_report import write_report
+
+SYSTEMS = {"teacher", "student_sft", "student_switch_kd", "bundle_fp32", "bundle_int8"}
+KINDS = {"attribute", "conversation", "counting", "existence", "position", "reading", "region"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short quickstart that was killed while it trained its second arm, and then run to its end."""
+    out = tmp_path_factory.mktemp("quickstart") / "run"
+    command = [sys.executable, "-m", "switchkd.cli.main", "quickstart", "--short", "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 400
+    while not (out / ".student_switch_kd.checkpoints").exists():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline, "the second arm never began"
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert main(["quickstart", "--short", "--out", str(out)]) == 0
+    return out
+
+
+def test_it_leaves_what_it_says(finished: Path) -> None:
+    for name in ("teacher", "student_sft", "student_switch_kd"):
+        assert (finished / name / "model.safetensors").is_file()
+    assert (finished / "bundle" / "manifest.json").is_file()
+    for name in ("report.json", "report.md", "report.png"):
+        assert (finished / name).stat().st_size > 0
+    assert not [path.name for path in finished.iterdir() if "partial" in path.name or "checkpoints" in path.name]
+
+
+def test_the_report_has_every_number(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    assert set(report["accuracy"]) == SYSTEMS
+    for name in SYSTEMS:
+        assert 0 <= report["accuracy"][name] <= 1
+        assert set(report["by_kind"][name]) == set(report["above_prior_by_kind"][name]) == KINDS
+        assert report["milliseconds_per_answer"][name] > 0
+        assert report["bytes"][name] > 0
+    assert report["bytes"]["bundle_int8"] < report["bytes"]["bundle_fp32"]
+    assert {"world", "student_pt", "student_sft", "student_switch_kd", "export"} <= set(report["seconds"])
+
+
+def test_the_exported_graphs_answer_as_the_checkpoint_does(finished: Path) -> None:
+    answers = {
+        name: json.loads((finished / "measurements" / f"{name}.json").read_text())["answers"]
+        for name in ("student_switch_kd", "bundle_fp32")
+    }
+    same = sum(a == b for a, b in zip(*answers.values(), strict=True))
+    assert same == len(answers["bundle_fp32"]) > 100
+
+
+def test_a_second_run_reuses_everything_and_prints_the_same(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = (finished / "report.json").read_text()
+    stamps = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    assert main(["quickstart", "--short", "--out", str(finished)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == stamps
+    assert (finished / "report.json").read_text() == report
+    out = capsys.readouterr().out
+    assert "student, Switch-KD" in out
+    assert "guessing (prior)" in out
+
+
+def test_seeds_are_reported_with_mean_and_spread(finished: Path, tmp_path: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    report["seeds"] = {
+        arm: {"accuracies": [0.5, 0.7], "mean": 0.6, "standard_deviation": 0.1414}
+        for arm in ("student_sft", "student_switch_kd")
+    }
+    text = write_report(tmp_path, report)
+    assert "student, SFT: mean 60.0, standard deviation 14.1 over 2 seeds (50.0, 70.0)" in text
+
+
+def test_no_seed_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["quickstart", "--seeds", "0", "--out", str(tmp_path)]) == 2
+    assert "--seeds is 0" in capsys.readouterr().err

@@ -1,0 +1,138 @@
+"""Fixtures that tests of several rooms share: a tiny real LLaVA checkpoint, made here, with random weights."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SENTENCES = [
+    "How many red circles are in the picture?",
+    "What colour is the square on the left?",
+    "There are three digits: 4, 7 and 9.",
+    "Is there a blue triangle above the green one? Yes, there is.",
+    "Describe what you see, please.",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint() -> Iterator[Path]:
+    """A LlavaForConditionalGeneration folder: 24x24 pictures to 16 tokens, width 32, 2 layers, random weights.
+
+    The same bits every time. Tests must not write into it.
+    """
+    with tempfile.TemporaryDirectory(prefix="tiny-checkpoint-") as folder:
+        path = Path(folder) / "checkpoint"
+        write_tiny_checkpoint(path)
+        yield path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path) -> Iterator[Path]:
+    """The tiny checkpoint's bundle in fp32 and int8, made once for all rooms. Tests must not write into it."""
+    from switchkd.export.assembly import export_checkpoint
+
+    with tempfile.TemporaryDirectory(prefix="tiny-bundle-") as folder:
+        path = Path(folder) / "bundle"
+        export_checkpoint(tiny_checkpoint, path)
+        yield path
+
+
+def write_tiny_checkpoint(path: Path) -> None:
+    """Make the tiny model, its tokenizer and its processor, and save them as transformers does."""
+    import torch
+    from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.models.qwen2 import Qwen2Config
+    from transformers.models.siglip import SiglipImageProcessorPil, SiglipVisionConfig
+
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.get_vocab()
+    vision = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=24,
+        patch_size=6,
+        vision_use_head=False,
+    )
+    text = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=ids["<|im_end|>"],
+        pad_token_id=ids["<|endoftext|>"],
+        # Wider than usual: with the default the logits of a random model are too close for a greedy comparison.
+        initializer_range=0.2,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=ids["<image>"],
+        image_seq_length=16,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlavaForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"], do_sample=False
+    )
+    model.save_pretrained(path)
+    processor = LlavaProcessor(
+        image_processor=SiglipImageProcessorPil(
+            size={"height": 24, "width": 24}, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        ),
+        tokenizer=tokenizer,
+        patch_size=6,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        chat_template=CHAT_TEMPLATE,
+    )
+    processor.save_pretrained(path)
+
+
+def tiny_tokenizer() -> "PreTrainedTokenizerFast":
+    """A byte-level BPE tokenizer of about 300 tokens with the ChatML tokens and `<image>`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<image>"],
+        model_input_names=["input_ids", "attention_mask"],
+    )

@@ -1,0 +1,158 @@
+"""Which room may import which, and how: read from the source, so that imports inside functions count too."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("cli", "demo", "export", "serve", "training")
+
+# What the rooms share. It runs on boards without torch, so it may import only itself.
+SHARED = ("switchkd.export.bundle", "switchkd.export.pixels", "switchkd.export.prompt")
+TORCH_FREE_FILES = ("export/__init__.py", "export/bundle.py", "export/pixels.py", "export/prompt.py")
+TORCH_AND_KIN = ("torch", "transformers", "accelerate", "deepspeed", "onnx", "onnxscript", "optimum", "datasets")
+
+# room -> the modules of other rooms that it may import; a name allows what lies below it only where it ends in ".*"
+OPEN_DOORS: dict[str, tuple[str, ...]] = {
+    "training": ("switchkd.export.pixels", "switchkd.export.prompt"),
+    "export": (),
+    "serve": SHARED,
+    "demo": ("switchkd.serve",),
+    "cli": ("switchkd.training.*", "switchkd.export.*", "switchkd.serve.*", "switchkd.demo.*"),
+}
+
+
+def broken_directions(root: Path) -> list[str]:
+    """Return one line for every import below `root` that goes where its room may not."""
+    broken = []
+    for room in ROOMS:
+        for path in sorted((root / room).rglob("*.py")):
+            place = path.relative_to(root).as_posix()
+            for line, target, is_relative in imports(path, root):
+                reason = objection(room, place, target, is_relative)
+                if reason:
+                    broken.append(f"{place}:{line} imports {target}: {reason}")
+    return broken
+
+
+def objection(room: str, place: str, target: str, is_relative: bool) -> str | None:
+    """Say why a file of a room may not import the target, or None where it may."""
+    if target.partition(".")[0] in ROOMS:
+        return "a bare root loads a second copy of the room"
+    if (room in ("serve", "demo") or place in TORCH_FREE_FILES) and target.partition(".")[0] in TORCH_AND_KIN:
+        return "this code runs where torch is not installed"
+    if not within(target, "switchkd"):
+        return None
+    if within(target, f"switchkd.{room}"):
+        if not is_relative:
+            return "imports inside a room are relative"
+        if place in TORCH_FREE_FILES and not any(within(target, name) for name in SHARED):
+            return "the shared, torch-free files may import only one another"
+        return None
+    if is_relative:
+        return "a relative import may not leave its room"
+    if place in ("cli/main.py", "cli/__init__.py"):
+        return "the front door imports a room only when its command is called"
+    if not any(passes(target, door) for door in OPEN_DOORS[room]):
+        return f"{room} may import only {', '.join(OPEN_DOORS[room]) or 'itself'}"
+    return None
+
+
+def imports(path: Path, root: Path) -> Iterator[tuple[int, str, bool]]:
+    """Yield (line, absolute dotted target, relative or not) for each import of a file, literal dynamic ones too."""
+    package = ("switchkd", *path.relative_to(root).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, False
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            # `from switchkd import export` names a module behind the import, `from .x import y` before it.
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            for target in names if module in ("switchkd", ".".join(package)) else [module]:
+                yield node.lineno, target, bool(node.level)
+        elif isinstance(node, ast.Call) and node.args and called_name(node) in ("import_module", "__import__"):
+            argument = node.args[0]
+            if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                yield node.lineno, argument.value, argument.value.startswith(".")
+
+
+def called_name(call: ast.Call) -> str:
+    """Return the last part of the name that is called."""
+    function = call.func
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def within(target: str, package: str) -> bool:
+    """Tell whether a dotted name is the package or lies below it."""
+    return target == package or target.startswith(package + ".")
+
+
+def passes(target: str, door: str) -> bool:
+    """Tell whether a door lets the target through."""
+    return within(target, door.removesuffix(".*")) if door.endswith(".*") else target == door
+
+
+def test_every_import_goes_where_its_room_may() -> None:
+    assert broken_directions(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "source", "reason"),
+    [
+        ("serve/engine.py", "import torch", "torch is not installed"),
+        ("serve/engine.py", "def late():\n    import torch.nn.functional", "torch is not installed"),
+        ("serve/engine.py", "from transformers import AutoTokenizer", "torch is not installed"),
+        ("serve/engine.py", "import importlib\nimportlib.import_module('torch')", "torch is not installed"),
+        ("serve/engine.py", "from switchkd.training.recipe import Recipe", "serve may import only"),
+        ("serve/engine.py", "from switchkd.export.graphs import export", "serve may import only"),
+        ("serve/engine.py", "from switchkd import training", "serve may import only"),
+        ("serve/engine.py", "from switchkd.serve.sampling import pick", "inside a room are relative"),
+        ("serve/engine.py", "from ..export.bundle import Bundle", "may not leave its room"),
+        ("serve/engine.py", "from export.bundle import Bundle", "bare root"),
+        ("demo/app.py", "from switchkd.serve.engine import Engine", "demo may import only switchkd.serve"),
+        ("demo/app.py", "from switchkd.export.bundle import Bundle", "demo may import only switchkd.serve"),
+        ("demo/app.py", "import torch", "torch is not installed"),
+        ("training/trainer.py", "from switchkd.export.bundle import Bundle", "training may import only"),
+        ("training/trainer.py", "from switchkd.serve import Engine", "training may import only"),
+        ("training/world/scenes.py", "from ...serve import Engine", "may not leave its room"),
+        ("export/graphs.py", "from switchkd.training.vlm import load", "export may import only itself"),
+        ("export/graphs.py", "import switchkd.serve", "export may import only itself"),
+        ("export/bundle.py", "import torch", "torch is not installed"),
+        ("export/bundle.py", "from .graphs import export", "may import only one another"),
+        ("export/__init__.py", "from . import graphs", "may import only one another"),
+        ("cli/main.py", "def late():\n    from switchkd.serve import Engine", "only when its command is called"),
+    ],
+)
+def test_a_planted_wrong_import_is_found(tmp_path: Path, place: str, source: str, reason: str) -> None:
+    path = tmp_path / place
+    path.parent.mkdir(parents=True)
+    path.write_text(source, encoding="utf-8")
+    (found,) = broken_directions(tmp_path)
+    assert found.startswith(place)
+    assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("place", "source"),
+    [
+        ("serve/engine.py", "import numpy\nfrom . import sampling\nfrom .sampling import pick"),
+        ("serve/engine.py", "from switchkd.export.bundle import Bundle"),
+        ("demo/app.py", "import gradio\nfrom switchkd.serve import Engine"),
+        ("training/world/dataset.py", "import torch\nfrom ..recipe import Recipe\nfrom .scenes import draw"),
+        ("training/conversations.py", "from switchkd.export.pixels import to_pixels"),
+        ("export/graphs.py", "import torch\nfrom .bundle import Bundle"),
+        ("export/prompt.py", "import jinja2\nfrom .pixels import PictureError"),
+        ("cli/quickstart.py", "from switchkd.training.trainer import train\nfrom .main import main"),
+    ],
+)
+def test_a_right_import_is_left_alone(tmp_path: Path, place: str, source: str) -> None:
+    path = tmp_path / place
+    path.parent.mkdir(parents=True)
+    path.write_text(source, encoding="utf-8")
+    assert broken_directions(tmp_path) == []

@@ -1,0 +1,62 @@
+"""Choosing tokens: greedy, temperature, nucleus, seeds, and settings out of range."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from switchkd.serve import Sampling, SamplingError
+from switchkd.serve.sampling import Sampler
+
+LOGITS = np.log(np.array([0.5, 0.1, 0.3, 0.07, 0.03], dtype=np.float32))
+
+
+def shares(sampling: Sampling, draws: int = 20_000) -> np.ndarray:
+    sampler = Sampler(sampling)
+    return np.bincount([sampler.choose(LOGITS) for _ in range(draws)], minlength=len(LOGITS)) / draws
+
+
+def test_greedy_takes_the_largest_and_the_first_of_equals() -> None:
+    assert Sampler(Sampling()).choose(LOGITS) == 0
+    assert Sampler(Sampling()).choose(np.array([1, 3, 3], dtype=np.float32)) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature_sharpens_the_distribution(temperature: float) -> None:
+    expected = np.exp(LOGITS / temperature) / np.exp(LOGITS / temperature).sum()
+    np.testing.assert_allclose(shares(Sampling(temperature, seed=1)), expected, atol=0.015)
+
+
+def test_nucleus_keeps_the_likeliest_tokens_that_reach_top_p() -> None:
+    # 0.5 alone does not reach 0.7; with 0.3 it does.
+    np.testing.assert_allclose(shares(Sampling(1.0, top_p=0.7, seed=1)), [0.625, 0, 0.375, 0, 0], atol=0.015)
+
+
+def test_a_tiny_nucleus_and_a_tiny_temperature_are_greedy() -> None:
+    assert shares(Sampling(5.0, top_p=1e-9, seed=1), 50)[0] == 1
+    assert shares(Sampling(1e-6, seed=1), 50)[0] == 1
+
+
+def test_a_seed_repeats_its_draws_and_another_does_not() -> None:
+    def draw(seed: int | None) -> list[int]:
+        sampler = Sampler(Sampling(2.0, seed=seed))
+        return [sampler.choose(LOGITS) for _ in range(40)]
+
+    assert draw(7) == draw(7)
+    assert draw(7) != draw(8)
+    assert draw(None) != draw(None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.1}, "temperature is -0.1, expected 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 0.0}, "top_p is 0.0, expected more than 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"seed": -1}, "seed is -1, expected 0 or more"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SamplingError, match=message):
+        Sampling(**settings)

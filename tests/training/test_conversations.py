@@ -1,0 +1,161 @@
+"""Conversations: only assistant turns are supervised, pictures take their tokens, broken records say why."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import LlavaProcessor
+
+from switchkd.export.pixels import Preprocessing
+from switchkd.training.conversations import (
+    IGNORED,
+    ConversationDataset,
+    ConversationEncoder,
+    DataError,
+    Sample,
+    collator,
+    read_records,
+    to_messages,
+)
+from switchkd.training.world.vocabulary import IMAGE_TOKEN, train_tokenizer
+
+TOKENS = 4
+TURNS = [("What colour is it?", "Red and blue."), ("How many?", "12"), ("Why?", "Two\nlines.")]
+
+
+def record(image: str | None = "a.png", turns: list[tuple[str, str]] | None = None) -> dict[str, Any]:
+    """A LLaVA record of several turns."""
+    conversations = []
+    for number, (question, answer) in enumerate(turns or TURNS):
+        preface = "<image>\n" if image and number == 0 else ""
+        conversations += [{"from": "human", "value": preface + question}, {"from": "gpt", "value": answer}]
+    return {"id": "r1", "conversations": conversations} | ({"image": image} if image else {})
+
+
+@pytest.fixture(scope="module")
+def encoder() -> ConversationEncoder:
+    """An encoder over a small ChatML tokenizer, four tokens a picture."""
+    texts = [text for turn in TURNS for text in turn] + ["user\nassistant\n"]
+    return ConversationEncoder(train_tokenizer(texts, 300), IMAGE_TOKEN, TOKENS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """The same tokenizer as the encoder's."""
+    return train_tokenizer([text for turn in TURNS for text in turn] + ["user\nassistant\n"], 300)
+
+
+@pytest.mark.parametrize("image", ["a.png", None])
+def test_supervised_text_is_every_answer_and_its_end(encoder: ConversationEncoder, tokenizer: Any, image: str) -> None:
+    ids, labels = encoder.encode(to_messages(record(image)))
+    supervised = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
+    assert tokenizer.decode(supervised) == "".join(f"{answer}<|im_end|>" for _, answer in TURNS)
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+
+
+def test_number_of_supervised_tokens_is_an_independent_count(encoder: ConversationEncoder, tokenizer: Any) -> None:
+    _, labels = encoder.encode(to_messages(record()))
+    expected = sum(len(tokenizer(answer)["input_ids"]) + 1 for _, answer in TURNS)
+    assert sum(label != IGNORED for label in labels) == expected
+
+
+def test_picture_takes_its_tokens_where_the_template_puts_it(encoder: ConversationEncoder, tokenizer: Any) -> None:
+    ids, labels = encoder.encode(to_messages(record()))
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    places = [place for place, token in enumerate(ids) if token == image]
+    assert len(places) == TOKENS
+    assert places == list(range(places[0], places[0] + TOKENS))
+    assert all(labels[place] == IGNORED for place in places)
+
+
+def test_prompt_is_the_beginning_of_the_whole(encoder: ConversationEncoder) -> None:
+    messages = to_messages(record())
+    ids, labels = encoder.encode(messages)
+    prompt = encoder.encode_prompt(messages[:-1])
+    assert ids[: len(prompt)] == prompt
+    assert labels[len(prompt)] != IGNORED
+
+
+def test_the_processor_sees_the_same_ids(tiny_checkpoint: Path) -> None:
+    processor = LlavaProcessor.from_pretrained(tiny_checkpoint, backend="pil")
+    encoder = ConversationEncoder(processor.tokenizer, processor.image_token, 16)
+    messages = to_messages(record(turns=TURNS[:1]))[:1]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    expected = processor(text=text, images=Image.new("RGB", (24, 24)))["input_ids"][0]
+    assert encoder.encode_prompt(messages) == list(expected)
+
+
+def test_max_length_cuts_ids_and_labels() -> None:
+    encoder = ConversationEncoder(train_tokenizer(["user assistant"], 300), IMAGE_TOKEN, TOKENS, max_length=9)
+    ids, labels = encoder.encode(to_messages(record()))
+    assert len(ids) == len(labels) == 9
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ({"conversations": [{"from": "bird", "value": "tweet"}]}, "'bird'"),
+        ({"conversations": record()["conversations"]}, "1 <image> placeholders for 0 pictures"),
+        ({"image": "a.png", "conversations": record(None)["conversations"]}, "0 <image> placeholders for 1 pictures"),
+        ({"conversations": [{"from": "human", "value": "hello"}]}, "no assistant turn"),
+        ({"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": ""}]}, "no assistant turn"),
+        ({}, "no assistant turn"),
+    ],
+)
+def test_broken_records_name_themselves_and_the_reason(broken: dict[str, Any], reason: str) -> None:
+    with pytest.raises(DataError, match=f"r7: .*{reason}"):
+        to_messages({"id": "r7"} | broken)
+
+
+def test_template_that_rewrites_history_is_refused() -> None:
+    tokenizer = train_tokenizer(["user assistant"], 300)
+    tokenizer.chat_template = "{{ messages | length }}" + str(tokenizer.chat_template)
+    with pytest.raises(DataError, match="only appends"):
+        ConversationEncoder(tokenizer, IMAGE_TOKEN, TOKENS).encode(to_messages(record()))
+
+
+def test_json_and_jsonl_read_the_same(tmp_path: Path) -> None:
+    rows = [record(), record(None)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_records(tmp_path / "a.json") == read_records(tmp_path / "a.jsonl") == rows
+
+
+@pytest.mark.parametrize(("text", "reason"), [("[{", "not valid JSON"), ("[]", "no records"), (None, "no such file")])
+def test_unreadable_record_files_say_why(tmp_path: Path, text: str | None, reason: str) -> None:
+    path = tmp_path / "broken.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(DataError, match=f"broken.json: .*{reason}"):
+        read_records(path)
+
+
+def test_dataset_gives_pixels_and_names_a_missing_picture(tmp_path: Path, encoder: ConversationEncoder) -> None:
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    settings = {"size": {"height": 8, "width": 8}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    rows = [record("a.png"), record(None), record("gone.png")]
+    dataset = ConversationDataset(rows, tmp_path, encoder, Preprocessing.from_config(settings))
+    assert len(dataset) == 3
+    pixels = dataset[0].pixels_CHW
+    assert pixels is not None
+    assert pixels.shape == (3, 8, 8)
+    assert pixels[0].min() > 0.9
+    assert dataset[1].pixels_CHW is None
+    with pytest.raises(DataError, match=r"r1: .*gone.png"):
+        dataset[2]
+    assert [length > 0 for length in dataset.lengths()] == [True, False, True]
+
+
+def test_collation_pads_right_and_keeps_pictures_in_order() -> None:
+    rng = torch.Generator().manual_seed(0)
+    pixels = [torch.rand(3, 2, 2, generator=rng).numpy() for _ in range(2)]
+    samples = [Sample([5, 6, 7], [IGNORED, 6, 7], pixels[0]), Sample([8], [8], None), Sample([9], [9], pixels[1])]
+    batch = collator(0)(samples)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0], [9, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED], [9, IGNORED, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 0, 0]]
+    assert torch.equal(batch["pixel_values"], torch.stack([torch.from_numpy(row) for row in pixels]))
+    assert "pixel_values" not in collator(0)(samples[1:2])

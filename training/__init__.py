@@ -1,0 +1,1 @@
+"""Training: pictures and conversations in, a standard Hugging Face checkpoint folder out."""

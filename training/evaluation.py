@@ -1,0 +1,61 @@
+"""Answers a set of records with a checkpoint, greedily and in batches.
+
+Shapes: B records of a batch, T tokens, P pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from switchkd.export.pixels import Preprocessing, open_picture, to_pixels
+
+from .conversations import ConversationEncoder, to_messages
+from .vlm import Vlm
+
+
+@torch.inference_mode()
+def generate_answers(
+    vlm: Vlm,
+    records: Sequence[dict[str, Any]],
+    pictures: Path,
+    *,
+    batch: int = 128,
+    max_new_tokens: int = 12,
+    title: str,
+) -> list[str]:
+    """The model's greedy answer to each record's last question, earlier turns given as they are in the record."""
+    model, tokenizer = vlm.model.eval(), vlm.tokenizer
+    encoder = ConversationEncoder(tokenizer, vlm.processor.image_token, vlm.tokens_per_picture)
+    preprocessing = Preprocessing.from_config(vlm.processor.image_processor.to_dict())
+    answers: list[str] = []
+    for rows in _batches(records, batch, title):
+        prompts = [encoder.encode_prompt(to_messages(record)[:-1]) for record in rows]
+        length = max(map(len, prompts))
+        padding = tokenizer.pad_token_id
+        # Left padding, so that every row's next token is at the same place.
+        ids_BT = torch.tensor([[padding] * (length - len(prompt)) + prompt for prompt in prompts])
+        attention_BT = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        pixels = [
+            torch.from_numpy(to_pixels(open_picture(pictures / record["image"]), preprocessing))
+            for record in rows
+            if record.get("image")
+        ]
+        generated_BT = model.generate(
+            input_ids=ids_BT.to(model.device),
+            attention_mask=attention_BT.to(model.device),
+            pixel_values=torch.stack(pixels).to(model.device) if pixels else None,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
+        answers += tokenizer.batch_decode(generated_BT[:, length:], skip_special_tokens=True)
+    return answers
+
+
+def _batches(records: Sequence[dict[str, Any]], size: int, title: str) -> Iterator[Sequence[dict[str, Any]]]:
+    for start in tqdm(range(0, len(records), size), desc=title, disable=None, unit="batch"):
+        yield records[start : start + size]

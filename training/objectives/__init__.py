@@ -1,0 +1,37 @@
+"""Objectives: one file each, chosen by name."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from .bild import Bild
+from .kd import Kd
+from .objective import Objective, Positions, Terms
+from .sft import Sft
+from .switch_kd import SwitchKd
+
+__all__ = ["OBJECTIVES", "Objective", "Positions", "Terms", "build_objective"]
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "sft": Sft,
+    "kd": Kd,
+    "bild": Bild,
+    "switch_kd": SwitchKd,
+}
+
+
+def build_objective(name: str, **settings: Any) -> Objective:
+    """Return the objective of that name; raises ValueError for an unknown name or setting, naming the nearest."""
+    if name not in OBJECTIVES:
+        raise ValueError(f"there is no objective {name!r}{nearest(name, OBJECTIVES)}")
+    known = [field.name for field in dataclasses.fields(OBJECTIVES[name])]  # type: ignore[arg-type]
+    for setting in settings:
+        if setting not in known:
+            raise ValueError(f"objective {name!r} has no setting {setting!r}{nearest(setting, known)}")
+    return OBJECTIVES[name](**settings)
+
+
+def nearest(wrong: str, known: Any) -> str:
+    """Return the end of an error: the nearest known name, or all of them."""
+    close = difflib.get_close_matches(wrong, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"

@@ -1,0 +1,51 @@
+"""Plain knowledge distillation: KL over the whole vocabulary at the answer tokens (Hinton et al. 2015)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from ..dbild import Direction, check_settings, shared_prefix
+from ..knee import accumulable
+from .objective import Objective, Positions, Terms
+from .sft import check_weight, summed_cross_entropy
+
+
+@dataclass(frozen=True)
+class Kd(Objective):
+    """λ_ce·CE + λ_kd·KL between softmax(z/τ) of teacher and student over the tokens that both have.
+
+    `forward` is KL(teacher ‖ student), `reverse` KL(student ‖ teacher). `tau_squared` multiplies KL by temperature².
+    """
+
+    lambda_ce: float = 1.0
+    lambda_kd: float = 1.0
+    temperature: float = 1.0
+    tau_squared: bool = False
+    direction: Direction = "forward"
+
+    def __post_init__(self) -> None:
+        check_settings(self.temperature, None, 3, None, self.direction, "both")
+        check_weight("lambda_ce", self.lambda_ce)
+        check_weight("lambda_kd", self.lambda_kd)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Always."""
+        return True
+
+    def __call__(self, positions: Positions) -> Terms:
+        """Return "loss" and the unweighted sums "ce" and "kd"."""
+        assert positions.teacher_NV is not None
+        teacher_NV, student_NV = shared_prefix(positions.teacher_NV, positions.student_NV)
+        kd = self._summed_kl(accumulable(teacher_NV), accumulable(student_NV))
+        ce = summed_cross_entropy(positions, 1.0)
+        return {"loss": self.lambda_ce * ce + self.lambda_kd * kd, "ce": ce.detach(), "kd": kd.detach()}
+
+    def _summed_kl(self, teacher_NV: Tensor, student_NV: Tensor) -> Tensor:
+        log_p_NV, log_q_NV = ((z_NV / self.temperature).log_softmax(1) for z_NV in (teacher_NV, student_NV))
+        if self.direction == "reverse":
+            log_p_NV, log_q_NV = log_q_NV, log_p_NV
+        # torch's kl_div(input, target) is KL(target ‖ input).
+        kl = kl_div(log_q_NV, log_p_NV, log_target=True, reduction="sum")
+        return kl * self.temperature**2 if self.tau_squared else kl

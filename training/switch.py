@@ -1,0 +1,135 @@
+"""The visual switch: student encoder → teacher projector → teacher language model, and the checks of such a pair.
+
+Source: Switch-KD (arXiv 2604.14629), z_switch of algorithm 1.
+
+Shapes: B rows, T tokens of a row, P pictures, C channels, H W pixels, L visual tokens of a picture, E width of the
+vision encoder, D width of the language model.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
+
+PROBE = "The 3 red circles (left of 'a' square): déjà vu 图片 🙂\n\tWhat is 12 + 7?"
+
+
+def visual_features(model: LlavaForConditionalGeneration, pixels_PCHW: Tensor) -> Tensor:
+    """Return features_PLE of the model's vision encoder, of the layer and with the tokens that its config selects."""
+    config = model.config
+    tower = model.model.vision_tower
+    hidden: tuple[Tensor, ...] = tower(pixels_PCHW.to(tower.dtype), output_hidden_states=True).hidden_states
+    layers = config.vision_feature_layer
+    features_PLE = torch.cat([hidden[i] for i in ([layers] if isinstance(layers, int) else layers)], dim=-1)
+    return features_PLE[:, 1:] if config.vision_feature_select_strategy == "default" else features_PLE
+
+
+def visual_tokens(model: LlavaForConditionalGeneration, features_PLE: Tensor) -> Tensor:
+    """Return tokens_PLD: the encoder's features as the model's projector hands them to its language model."""
+    tokens_PLD: Tensor = model.model.multi_modal_projector(features_PLE)
+    return tokens_PLD
+
+
+def last_hidden(
+    model: LlavaForConditionalGeneration, input_ids_BT: Tensor, attention_mask_BT: Tensor, tokens_PLD: Tensor | None
+) -> Tensor:
+    """Return hidden_BTD of the model's language model, the visual tokens put in place of the image tokens, in order."""
+    embeds_BTD = model.get_input_embeddings()(input_ids_BT)
+    if tokens_PLD is not None:
+        tokens_PLD = tokens_PLD.to(embeds_BTD.dtype)
+        place_BT1 = model.model.get_placeholder_mask(input_ids_BT, inputs_embeds=embeds_BTD, image_features=tokens_PLD)
+        embeds_BTD = embeds_BTD.masked_scatter(place_BT1, tokens_PLD)
+    hidden_BTD: Tensor = model.model.language_model(
+        inputs_embeds=embeds_BTD, attention_mask=attention_mask_BT, use_cache=False
+    ).last_hidden_state
+    return hidden_BTD
+
+
+def switch_hidden(
+    teacher: LlavaForConditionalGeneration, input_ids_BT: Tensor, attention_mask_BT: Tensor, features_PLE: Tensor
+) -> Tensor:
+    """Return hidden_BTD of the visual switch: the teacher's projector and language model on the student's features.
+
+    The teacher takes no gradient, but it flows through it into `features_PLE`: the student's encoder alone.
+    """
+    features_PLE = features_PLE.to(teacher.model.multi_modal_projector.linear_1.weight.dtype)
+    return last_hidden(teacher, input_ids_BT, attention_mask_BT, visual_tokens(teacher, features_PLE))
+
+
+def tokens_per_picture(model: LlavaForConditionalGeneration) -> int:
+    """Return L, the visual tokens that the model's encoder gives a picture after its config's selection."""
+    config = model.config
+    vision: Any = config.vision_config
+    class_token = 1 if vision.model_type == "clip_vision_model" else 0
+    dropped = 1 if config.vision_feature_select_strategy == "default" else 0
+    return int((vision.image_size // vision.patch_size) ** 2) + class_token - dropped
+
+
+def features_width(model: LlavaForConditionalGeneration) -> int:
+    """Return E, the width of the visual features that the model's projector takes."""
+    layers = model.config.vision_feature_layer
+    vision: Any = model.config.vision_config
+    return int(vision.hidden_size) * (1 if isinstance(layers, int) else len(layers))
+
+
+def check_pair(
+    student: LlavaForConditionalGeneration, teacher: LlavaForConditionalGeneration, *, switch: bool = True
+) -> None:
+    """Raise ValueError unless the two models see and say the same things; `switch` adds what the switch pathway needs.
+
+    Tokenizers are not in the models: compare them with `check_tokenizers`.
+    """
+    ours: Any = student.config
+    theirs: Any = teacher.config
+    if ours.image_token_index != theirs.image_token_index:
+        raise ValueError(
+            f"the student's image token is {ours.image_token_index}, the teacher's {theirs.image_token_index}; both "
+            "read the same input ids, so build the student with the teacher's tokenizer"
+        )
+    if ours.vision_config.image_size != theirs.vision_config.image_size:
+        raise ValueError(
+            f"the student takes pictures of {ours.vision_config.image_size} pixels, the teacher of "
+            f"{theirs.vision_config.image_size}; both are given the same pixels, so choose encoders of one size"
+        )
+    if tokens_per_picture(student) != tokens_per_picture(teacher):
+        raise ValueError(
+            f"the student puts {tokens_per_picture(student)} visual tokens a picture into the sequence, the teacher "
+            f"{tokens_per_picture(teacher)}; choose encoders of one patch size and one vision_feature_select_strategy"
+        )
+    vocabularies = ours.text_config.vocab_size, theirs.text_config.vocab_size
+    if ours.image_token_index >= min(vocabularies):
+        raise ValueError(
+            f"the vocabularies are {vocabularies[0]} (student) and {vocabularies[1]} (teacher), and the image token "
+            f"{ours.image_token_index} is not in both; resize the smaller one's embeddings"
+        )
+    if switch and features_width(student) != features_width(teacher):
+        raise ValueError(
+            f"the student's encoder gives features of width {features_width(student)}, the teacher's projector takes "
+            f"{features_width(teacher)}; choose a student with the teacher's encoder width, or turn the switch off "
+            "(lambda_vsd: 0)"
+        )
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless both tokenizers give a probe text the same ids and have the same special tokens."""
+    ours, theirs = student(PROBE)["input_ids"], teacher(PROBE)["input_ids"]
+    if ours != theirs:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+        )
+        raise ValueError(
+            f"the tokenizers differ: from token {at} on a probe text is {ours[at : at + 5]} for the student and "
+            f"{theirs[at : at + 5]} for the teacher; logits compare only over one tokenizer, so build the student from "
+            "a model of the teacher's family"
+        )
+    special: list[dict[str, Any]] = [
+        {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
+        for tokenizer in (student, teacher)
+    ]
+    if special[0] != special[1]:
+        only = [dict(sorted(a.items() - b.items())) for a, b in (special, special[::-1])]
+        raise ValueError(
+            f"the tokenizers' special tokens differ: {only[0]} only in the student's, {only[1]} only in the teacher's; "
+            "add the same tokens in the same order to both, or save the teacher's tokenizer with the student"
+        )

@@ -1,0 +1,63 @@
+"""`switchkd train RECIPE`: run a recipe's stages, show it resolved, or try it dry at tiny sizes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from .conversations import DataError
+from .recipe import Recipe, RecipeError, load_recipe
+from .terminal import quiet_libraries
+from .vlm import ModelError
+
+ERRORS: tuple[type[Exception], ...] = (RecipeError, ModelError, DataError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one, such as paper/qwen2.5-0.5b")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="replace a value of the recipe; a stage's by its name: stages.pt.training.learning_rate=1e-3",
+    )
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--print-config", action="store_true", help="print the resolved recipe as YAML and stop")
+    shown.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build the recipe's classes at tiny sizes with random weights and take two real steps of every stage",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; 0 when every stage is finished."""
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.print_config:
+        sys.stdout.write(recipe.to_yaml())
+        return 0
+    quiet_libraries()
+    if args.dry_run:
+        from .dry_run import shrink
+
+        with tempfile.TemporaryDirectory(prefix="switchkd-dry-run-") as folder:
+            _run(shrink(recipe, Path(folder)))
+        _say("dry run: every stage took two steps, was saved and loaded again")
+        return 0
+    _run(recipe)
+    return 0
+
+
+def _run(recipe: Recipe) -> None:
+    from .stages import run_recipe
+
+    for result in run_recipe(recipe, announce=_say):
+        spent = "already finished" if result.reused else f"{result.seconds:.0f} s"
+        _say(f"{result.name}: {result.folder} ({spent})")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")

@@ -1,0 +1,148 @@
+"""The Hugging Face Trainer with a distillation objective in it: the student is saved, the teacher never."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import (
+    LlavaForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from .conversations import ConversationDataset
+from .distillation import Distillation
+from .sampler import LengthGroupedSampler
+from .vlm import Vlm
+
+LOG_NAME = "log.jsonl"
+_STUDENT = "student."
+_log = logging.getLogger(__name__)
+
+
+class DistillationTrainer(Trainer):
+    """Trains a `Distillation`'s student; logs every term of the objective beside the loss.
+
+    The loss of a step is the sum over supervised tokens divided by their number over all ranks and
+    accumulated batches, which the Trainer counts and hands over as `num_items_in_batch`.
+    """
+
+    def __init__(self, model: Distillation, vlm: Vlm, title: str, **settings: Any) -> None:
+        super().__init__(model=model, **settings)
+        self.model_accepts_loss_kwargs = True
+        self._vlm = vlm
+        self._terms: dict[str, list[Tensor]] = defaultdict(list)
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.add_callback(StageProgress(title))
+        self.add_callback(JsonLines())
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective's loss (0-dim); its terms are kept for the next log."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        for name, value in outputs["terms"].items():
+            self._terms[name].append(value)
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The Trainer's sampler; lengths come from the dataset, which knows them without decoding pictures."""
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, ConversationDataset):
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return LengthGroupedSampler(dataset.lengths(), size, self.args.seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of each term since the last log."""
+        for name, values in self._terms.items():
+            logs[name] = torch.stack([value.float() for value in values]).mean().item()
+        self._terms.clear()
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        if state_dict is not None:  # DeepSpeed gathers the whole module's
+            state_dict = {key.removeprefix(_STUDENT): value for key, value in state_dict.items() if _STUDENT in key}
+        self._vlm.model.save_pretrained(folder, state_dict=state_dict)
+        self._vlm.processor.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        saved = LlavaForConditionalGeneration.from_pretrained(resume_from_checkpoint, dtype=self._vlm.model.dtype)
+        self._vlm.model.load_state_dict(saved.state_dict())
+
+
+class StageProgress(TrainerCallback):
+    """A progress bar with the stage's name, the loss and a time left; silent where standard error is no terminal."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._bar: tqdm[Any] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar where the run stands."""
+        if state.is_world_process_zero:
+            self._bar = tqdm(
+                desc=self._title, total=state.max_steps, initial=state.global_step, disable=None, unit="step"
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """One step more."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Show the loss."""
+        if self._bar is not None and logs and "loss" in logs:
+            self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class JsonLines(TrainerCallback):
+    """Every log as a line of JSON in the run's folder, whatever else reports; each attempt opens with `began`."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note where this attempt begins."""
+        self._append(args, state, {"began": True})
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Append the line."""
+        if logs:
+            self._append(args, state, logs)
+
+    def _append(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any]) -> None:
+        if state.is_world_process_zero:
+            line = {"step": state.global_step, "time": round(time.time(), 3)} | logs
+            with (Path(str(args.output_dir)) / LOG_NAME).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")

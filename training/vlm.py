@@ -1,0 +1,202 @@
+"""Vision-language models: put together from an encoder and a language model, loaded from and saved to folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+IMAGE_TOKEN = "<image>"
+END_OF_TURN = "<|im_end|>"
+ENCODERS = ("siglip_vision_model", "clip_vision_model")
+PARTS = ("encoder", "projector", "language_model")
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or put together; the message says what was found and the way out."""
+
+
+@dataclass(frozen=True)
+class Vlm:
+    """A model and the processor that belongs to it."""
+
+    model: LlavaForConditionalGeneration
+    processor: LlavaProcessor
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer  # type: ignore[no-any-return]
+
+    @property
+    def tokens_per_picture(self) -> int:
+        """How many positions of the sequence one picture takes."""
+        return int(self.model.config.image_seq_length)
+
+    def save(self, folder: Path) -> None:
+        """Write the standard folder that plain transformers loads: weights, tokenizer, template, processor."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+def load_vlm(source: str | Path, *, dtype: torch.dtype | None = None) -> Vlm:
+    """Load a LlavaForConditionalGeneration folder or hub id. Raises ModelError with the remedy."""
+    config = _config(source)
+    if config.model_type != "llava":
+        raise ModelError(
+            f"{source}: model type is {config.model_type!r}, expected 'llava' (a checkpoint folder of ours)"
+        )
+    model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype or torch.float32)
+    processor = LlavaProcessor.from_pretrained(source, backend="pil")
+    vlm = Vlm(model, processor)
+    model.config.image_seq_length = _tokens_per_picture(model.config)
+    return vlm
+
+
+def build_vlm(
+    encoder: str | Path,
+    language_model: str | Path,
+    *,
+    vision_feature_layer: int = -2,
+    drop_first_patch: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Vlm:
+    """Put a vision encoder and a language model together with a fresh 2-layer GELU projector.
+
+    The features are those of `vision_feature_layer`; CLIP's class token is dropped. `drop_first_patch` drops
+    SigLIP's first patch too, which TinyLLaVA Factory's published models expect (728 tokens instead of 729).
+    Raises ModelError for an encoder or a language model that does not fit.
+    """
+    tower = _encoder(encoder, dtype or torch.float32)
+    causal = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype or torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(language_model)
+    if tokenizer.chat_template is None:
+        raise ModelError(f"{language_model}: its tokenizer has no chat template; use an instruct model")
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    if END_OF_TURN in tokenizer.get_vocab():
+        tokenizer.eos_token = END_OF_TURN
+    if len(tokenizer) > causal.config.vocab_size:
+        causal.resize_token_embeddings(len(tokenizer))
+    drop_first = drop_first_patch or tower.config.model_type == "clip_vision_model"
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=causal.config,
+        image_token_index=tokenizer.get_vocab()[IMAGE_TOKEN],
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy="default" if drop_first else "full",
+        projector_hidden_act="gelu",
+        tie_word_embeddings=causal.config.tie_word_embeddings,
+    )
+    config.image_seq_length = _tokens_per_picture(config)
+    model = _assemble(config, tower, causal, seed)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
+    )
+    return Vlm(model, _processor(encoder, tokenizer, config))
+
+
+def _assemble(
+    config: LlavaConfig, tower: PreTrainedModel, causal: PreTrainedModel, seed: int
+) -> LlavaForConditionalGeneration:
+    # Built without memory and then given the loaded parts, so that a 7B model is never held twice.
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower = tower
+    model.model.language_model = causal.model
+    model.lm_head = causal.lm_head
+    projector = model.model.multi_modal_projector.to_empty(device="cpu").to(causal.dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in (projector.linear_1, projector.linear_2):
+        # As transformers has it: SigLIP's features are not normalised, so a wider start enters far above the words.
+        nn.init.normal_(layer.weight, std=0.02, generator=generator)
+        nn.init.zeros_(layer.bias)
+    model.tie_weights()
+    return model
+
+
+def parts(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]:
+    """The modules of each of PARTS; the language model's includes its head."""
+    inner = model.model
+    return {
+        "encoder": [inner.vision_tower],
+        "projector": [inner.multi_modal_projector],
+        "language_model": [inner.language_model, model.lm_head],
+    }
+
+
+def train_only(model: LlavaForConditionalGeneration, names: tuple[str, ...]) -> None:
+    """Let the named PARTS take gradients and freeze the rest, among it the encoder's layers that LLaVA never reads."""
+    model.requires_grad_(False)
+    for name in names:
+        for module in parts(model)[name]:
+            module.requires_grad_(True)
+    if "encoder" in names:
+        tower = model.model.vision_tower
+        layer: Any = model.config.vision_feature_layer
+        unused = -1 - int(layer)
+        layers = tower.encoder.layers
+        for layer in layers[len(layers) - unused :]:
+            layer.requires_grad_(False)
+        if unused > 0:
+            tower.post_layernorm.requires_grad_(False)
+
+
+def _config(source: str | Path) -> Any:
+    folder = Path(source)
+    # What has the form of a hub id (at most one slash, not starting at the root or here) is asked of the hub.
+    is_path = isinstance(source, Path) or folder.is_dir() or folder.is_absolute() or len(folder.parts) > 2
+    if is_path and not (folder / "config.json").is_file():
+        raise ModelError(f"{source}: no config.json there; expected a Hugging Face checkpoint folder")
+    try:
+        return AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise ModelError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def _encoder(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    config = _config(source)
+    vision = getattr(config, "vision_config", config)  # a whole SigLIP or CLIP has both towers
+    if vision.model_type not in ENCODERS:
+        raise ModelError(f"{source}: encoder type is {vision.model_type!r}; supported are {', '.join(ENCODERS)}")
+    if vision.model_type == "siglip_vision_model":
+        vision.vision_use_head = False  # the pooling head is never read by LLaVA
+    return AutoModel.from_pretrained(source, config=vision, dtype=dtype)  # type: ignore[no-any-return]
+
+
+def _tokens_per_picture(config: LlavaConfig) -> int:
+    vision: Any = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    class_tokens = 1 if vision.model_type == "clip_vision_model" else 0
+    return int(patches + class_tokens - (config.vision_feature_select_strategy == "default"))
+
+
+def _processor(encoder: str | Path, tokenizer: PreTrainedTokenizerBase, config: LlavaConfig) -> LlavaProcessor:
+    vision: Any = config.vision_config
+    # The PIL processors need no torchvision and are what the exported preprocessing is compared with.
+    return LlavaProcessor(
+        image_processor=AutoImageProcessor.from_pretrained(encoder, backend="pil"),
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1 if vision.model_type == "clip_vision_model" else 0,
+        image_token=IMAGE_TOKEN,
+        chat_template=tokenizer.chat_template,
+    )
