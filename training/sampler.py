@@ -14,8 +14,7 @@ class LengthGroupedSampler(Sampler[int]):
     """Yields every index once an epoch, neighbours in a batch of about the same length, whole batches shuffled.
 
     The Trainer's own grouping goes from long to short within 50 batches, so that for a while every batch is of one
-    sort (seen with the picture world: half the learning speed). The order depends on seed and epoch alone, so a
-    resumed run goes on with the same samples.
+    sort. The order depends on seed and epoch alone, so a resumed run goes on with the same samples.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
