@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from-scratch",
         action="store_true",
-        help="first remake the tiny base models and the teacher by their recipe (an hour or more on two cores)",
+        help="first remake the tiny base models and the teacher by their recipe (some twenty minutes on two cores)",
     )
     parser.add_argument(
         "--short", action="store_true", help="a few steps of everything: shows that it works, accuracies mean nothing"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from .vlm import Vlm, build_vlm, load_vlm, train_only
 
 STAGE_FILE = "stage.json"
 RECIPE_FILE = "recipe.yaml"
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -29,7 +28,6 @@ from .vlm import Vlm
 
 LOG_NAME = "log.jsonl"
 _STUDENT = "student."
-_log = logging.getLogger(__name__)
 
 
 class DistillationTrainer(Trainer):

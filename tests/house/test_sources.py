@@ -30,7 +30,9 @@ LIBRARIES = {
 BINARY = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".safetensors", ".onnx", ".npz", ".ico", ".woff2"}
 # Home folders and mounts of single machines. Written in pieces, so that this file does not hold what it looks for.
 MACHINE_PATHS = re.compile(
-    r"(?<![\w./~:-])/(?:" + "|".join(("home/" + r"\w", "Users/" + r"\w", "root/", "mnt/" + r"\w", "opt/")) + ")"
+    r"(?<![\w./~:-])/(?:"
+    + "|".join(("home/" + r"\w", "Users/" + r"\w", "root/", "work/", "mnt/" + r"\w", "opt/"))
+    + ")"
     r"|[A-Z]:\\\\?Users"
 )
 
@@ -108,7 +110,9 @@ def test_a_planted_machine_path_is_found(path: str) -> None:
 
 
 def test_ordinary_paths_are_left_alone() -> None:
-    assert machine_paths("see docs/home/index.md, https://host/home/x, ./root/file and runs/quickstart") == []
+    assert (
+        machine_paths("see docs/home/index.md, https://host/home/x, ./work/file, ./root/file and runs/quickstart") == []
+    )
 
 
 def test_links_between_documents_lead_somewhere() -> None:

@@ -1,7 +1,7 @@
 """Makes the embedded default's stored parts: tokenizer, encoder, two language models and the teacher.
 
 A vision encoder is pretrained with region phrases; the student's small language model and the teacher learn to
-see and to speak at once from it (at this size a separate stage on text buys nothing that lasts). All of it runs
+see and to speak at once from it, on captions and then on questions. All of it runs
 through the recipes in `recipes/world`, the same trainer and objective that full-size runs use; only the encoder's
 region contrast is the world's own.
 """
@@ -49,7 +49,7 @@ def copy_parts(source: Path, folder: Path) -> None:
 def make_parts(folder: Path, *, announce: Callable[[str], None], max_steps: int | None = None) -> None:
     """Make all parts from nothing under `folder`, whose `world` must be there; finished steps are reused.
 
-    `max_steps` cuts every training short (a test of the road, not of the models). Takes over an hour on two cores.
+    `max_steps` cuts every training short (tests the road, not the models). Takes some twenty minutes on two cores.
     """
     tokenizer = world_tokenizer()
     _pretrain_encoder(folder, tokenizer, announce, max_steps)
