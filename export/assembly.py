@@ -104,7 +104,7 @@ def export_checkpoint(
 
 def _write_bundle(source: Checkpoint, bundle: Path, chosen: list[Precision], steps: _Steps) -> Manifest:
     facts = source.facts()
-    _write_settings(source, bundle)
+    _write_settings(source, facts, bundle)
     graphs = _write_graphs(source, facts, bundle, chosen, steps)
     manifest = Manifest(
         model=facts, graphs=graphs, files=_hash_files(bundle), source=_provenance(source), verification={}
@@ -150,19 +150,44 @@ def _onnx(folder: Path, description: GraphDescription) -> Path:
     return folder / f"{description.name}.onnx"
 
 
-def _write_settings(source: Checkpoint, bundle: Path) -> None:
+def _write_settings(source: Checkpoint, facts: ModelFacts, bundle: Path) -> None:
     """Copy the checkpoint's small files, completed by what transformers.js looks for in them."""
-    for name in ("config.json", TOKENIZER):
-        shutil.copyfile(source.path / name, bundle / name)
+    shutil.copyfile(source.path / TOKENIZER, bundle / TOKENIZER)
+    _write_json(bundle / "config.json", _config(source))
     generation = {**source.generation_config, "eos_token_id": list(source.eos_token_ids)}
     _write_json(bundle / "generation_config.json", generation)
-    _write_json(bundle / "processor_config.json", source.processor_config or {"processor_class": "LlavaProcessor"})
+    _write_json(bundle / "processor_config.json", _processor_config(source, facts))
     _write_json(bundle / "preprocessor_config.json", {**source.image_processor, "processor_class": "LlavaProcessor"})
     tokenizer = {**source.tokenizer_config, "chat_template": source.chat_template}
     language = source.config.text_config.model_type
     tokenizer["tokenizer_class"] = _TOKENIZER_CLASSES.get(language, tokenizer.get("tokenizer_class"))
     _write_json(bundle / "tokenizer_config.json", tokenizer)
     (bundle / CHAT_TEMPLATE).write_text(source.chat_template, encoding="utf-8")
+
+
+def _config(source: Checkpoint) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    # The graphs are a plain LLaVA's, whatever class the weights need; transformers.js chooses by this name.
+    config["architectures"] = ["LlavaForConditionalGeneration"]
+    for part in (config, config["vision_config"], config["text_config"]):
+        part.pop("_name_or_path", None)  # where the machine that put the model together had its parts
+    return config
+
+
+def _processor_config(source: Checkpoint, facts: ModelFacts) -> dict[str, Any]:
+    """The checkpoint's, with the tokens of a picture counted so that transformers and transformers.js agree.
+
+    Both count patches and add `num_additional_image_tokens`, but only transformers takes one away under "default".
+    """
+    vision = source.config.vision_config
+    return {
+        "processor_class": "LlavaProcessor",
+        **source.processor_config,
+        "image_token": facts.image_token,
+        "patch_size": vision.patch_size,
+        "num_additional_image_tokens": facts.tokens_per_picture - (vision.image_size // vision.patch_size) ** 2,
+        "vision_feature_select_strategy": "full",
+    }
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
@@ -179,6 +204,7 @@ def _provenance(source: Checkpoint) -> dict[str, Any]:
     weights = sorted(source.path.glob("*.safetensors"))
     return {
         "vision_model": source.config.vision_config.model_type,
+        "projector": source.projector,
         "language_model": source.config.text_config.model_type,
         "parameters": source.model.num_parameters(),
         "weights": {file.name: sha256(file) for file in weights},

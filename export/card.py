@@ -19,8 +19,8 @@ tags: [onnx, llava, switchkd]
 
 # A vision-language model as ONNX
 
-$vision encoder, two-layer projector and $language language model: $parameters parameters. One picture is
-$tokens visual tokens of $height x $width pixels. Exported by switchkd; `manifest.json` lists every file with its
+$vision encoder, $projector projector and $language language model: $parameters parameters. One picture of
+$height x $width pixels is $tokens visual tokens. Exported by switchkd; `manifest.json` lists every file with its
 SHA-256, every tensor with its name and shape, and the source.
 
 ## Sizes
@@ -121,6 +121,7 @@ def write_card(bundle: Bundle, manifest: Manifest) -> None:
     _, height, width = model.picture_shape
     text = _CARD.substitute(
         vision=source["vision_model"],
+        projector=source["projector"],
         language=source["language_model"],
         parameters=f"{source['parameters']:,}",
         tokens=model.tokens_per_picture,

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from .bundle import CacheShape, ModelFacts
 from .graphs import ExportError, quiet
 from .pixels import PictureError, Preprocessing
+from .projectors import ProjectorError, llava_class, projector_type
 
 VISION_TYPES = ("siglip_vision_model", "clip_vision_model")
 LANGUAGE_TYPES = ("qwen2", "llama")
@@ -59,6 +60,11 @@ class Checkpoint:
                 dtype="float32",
             ),
         )
+
+    @property
+    def projector(self) -> str:
+        """The projector between its two parts, as export/projectors.py names it."""
+        return projector_type(self.config)
 
     @property
     def image_token(self) -> str:
@@ -128,7 +134,7 @@ def _load_model(path: Path) -> LlavaForConditionalGeneration:
     transformers_logging.disable_progress_bar()
     try:
         with quiet():
-            loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+            loaded: Any = llava_class(LlavaConfig.from_pretrained(path, local_files_only=True)).from_pretrained(
                 path,
                 dtype=torch.float32,
                 # Written out step by step it makes the smaller graph, and the fused kernels change nothing here.
@@ -137,6 +143,8 @@ def _load_model(path: Path) -> LlavaForConditionalGeneration:
                 local_files_only=True,
                 output_loading_info=True,
             )
+    except ProjectorError as error:
+        raise ExportError(f"{path / 'config.json'}: {error}") from None
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ExportError(f"{path}: the weights cannot be loaded ({reason}); save the checkpoint again") from error
@@ -148,6 +156,12 @@ def _load_model(path: Path) -> LlavaForConditionalGeneration:
     if missing := sorted(loading["missing_keys"]):
         # transformers would go on with random numbers in their place.
         raise ExportError(f"{path}: {len(missing)} weights are missing, the first is {missing[0]}; save it again")
+    if unused := sorted(key for key in loading["unexpected_keys"] if "multi_modal_projector" in key):
+        # A projector without some of its weights would give other numbers than the one that was trained.
+        raise ExportError(
+            f"{path}: {unused[0]} is no weight of the projector that config.json asks for "
+            f"({projector_type(model.config)!r}); correct projector_type"
+        )
     model.eval().requires_grad_(False)
     return model
 

@@ -1,10 +1,11 @@
 """`switchkd verify BUNDLE`: check a bundle's files and run its graphs, against its checkpoint if that is given."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
-from .bundle import Bundle, BundleError, read_manifest
-from .checkpoint import open_checkpoint
+from .bundle import Bundle, BundleError, Manifest, read_manifest
+from .checkpoint import Checkpoint, open_checkpoint
 from .graphs import ExportError
 from .parity import Reference, compare
 from .precisions import PRECISIONS
@@ -21,6 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, help="compare with this checkpoint in PyTorch, not with fp32 graphs")
 
 
+def _check_same_model(manifest: Manifest, source: Checkpoint) -> None:
+    ours, theirs = asdict(manifest.model), asdict(source.facts())
+    for name, value in ours.items():
+        if value != theirs[name]:
+            raise BundleError(
+                f"{name} is {value} in the manifest and {theirs[name]} in {source.path}; give the checkpoint that the "
+                "bundle was made from"
+            )
+
+
 def run(args: argparse.Namespace) -> int:
     """Check hashes, names, axes and shapes, run every graph, compare, and print one line per precision."""
     manifest = read_manifest(args.bundle)
@@ -28,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     compared_with = "its own fp32 graphs"
     if args.checkpoint is not None:
         source = open_checkpoint(args.checkpoint)
+        _check_same_model(manifest, source)
         reference = TorchReference(source.model, manifest.model.eos_token_ids)
         compared_with = str(args.checkpoint)
     elif "fp32" in manifest.precisions:

@@ -2,10 +2,13 @@
 
 The pathways run inside one forward, so that DDP and ZeRO, which wrap this module, synchronise the student's gradients.
 
-Shapes: B rows, T tokens of a row, P pictures, C channels, H W pixels, D width of a language model, N supervised
-positions, M those of them whose row has a picture, V vocabulary.
+Shapes: B rows, T tokens of a row (the teacher's may be longer or shorter, by its visual tokens), P pictures, C
+channels, H W pixels, L E encoder features and their width, D width of a language model, N supervised positions, M those
+of them whose row has a picture, V vocabulary.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
@@ -13,12 +16,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 
-from .objectives import Objective, Positions, Terms
-from .switch import check_pair, last_hidden, switch_hidden, visual_features, visual_tokens
+from switchkd.export.projectors import tokens_per_picture
+
+from .alignment import at_supervised, respell, supervised
+from .objectives import Objective, Positions, Terms, Widths
+from .picture_views import first_attention, lay_out, picture_view, pictures, visual_hidden
+from .switch import (
+    check_pair,
+    embed,
+    features_width,
+    last_hidden,
+    switch_hidden,
+    visual_features,
+    visual_tokens,
+)
 
 # Logits of one head held at once: positions times vocabulary. Above it the heads and the objective run in chunks.
 LOGITS_AT_ONCE = 2**25
-IGNORED = -100
 
 
 class DistillationOutput(TypedDict):
@@ -28,11 +42,23 @@ class DistillationOutput(TypedDict):
     terms: Terms
 
 
-class Distillation(nn.Module):
-    """Student, teacher and objective as one module; only `student` is trained and saved.
+@dataclass(frozen=True)
+class _Pathway:
+    """A model on a batch as its own visual tokens spell it: what goes in, and its last hidden states."""
 
-    The teacher is frozen and always in eval mode, and is left out of `state_dict()`. `chunk_positions` bounds how many
-    positions have logits at once (None: chosen from the vocabulary).
+    ids_BT: Tensor
+    mask_BT: Tensor
+    labels_BT: Tensor
+    tokens_PLD: Tensor | None
+    hidden_BTD: Tensor
+
+
+class Distillation(nn.Module):
+    """Student, teacher and objective as one module; `student` and the objective's `adapters` are trained.
+
+    The teacher is frozen and always in eval mode, and is left out of `state_dict()`. Adapters lead from one model to
+    the other and are of no use without the teacher: they belong to a checkpoint to resume from, not to the result.
+    `chunk_positions` bounds how many positions have logits at once (None: chosen from the vocabulary).
     """
 
     def __init__(
@@ -51,8 +77,17 @@ class Distillation(nn.Module):
         self.teacher = teacher if objective.needs_teacher else None
         self.objective = objective
         self.chunk_positions = chunk_positions or max(1, LOGITS_AT_ONCE // student.lm_head.out_features)
+        self.adapters = nn.ModuleDict()
         if self.teacher is not None:
-            check_pair(student, self.teacher, switch=objective.needs_switch)
+            self.adapters = nn.ModuleDict(objective.make_adapters(_widths(student), _widths(self.teacher)))
+            self.adapters.to(student.dtype)
+            check_pair(
+                student,
+                self.teacher,
+                switch=objective.needs_switch,
+                adapter="encoder" in self.adapters,
+                same_tokens=objective.needs_visual_logits or objective.needs_pictures,
+            )
             self.teacher.requires_grad_(False).eval()
         self.register_state_dict_post_hook(_leave_out_teacher)
         self.register_load_state_dict_post_hook(_expect_no_teacher)
@@ -96,73 +131,103 @@ class Distillation(nn.Module):
                 f"{int(has_picture_B.sum())} rows have image tokens and there are no pixel_values; give both"
             )
         order_B = has_picture_B.argsort(descending=True, stable=True)
-        ids_BT, mask_BT, labels_BT = input_ids[order_B], attention_mask[order_B], labels[order_B]
-        supervised_BT = labels_BT[:, 1:] != IGNORED
-        labels_N = labels_BT[:, 1:][supervised_BT]
-
-        def at_supervised(hidden_BTD: Tensor) -> Tensor:
-            return hidden_BTD[:, :-1][supervised_BT[: len(hidden_BTD)]]
-
+        spelling = input_ids[order_B], attention_mask[order_B], labels[order_B]
         features_PLE = None if pixel_values is None else visual_features(self.student, pixel_values)
-        tokens_PLD = None if features_PLE is None else visual_tokens(self.student, features_PLE)
-        student_ND = at_supervised(last_hidden(self.student, ids_BT, mask_BT, tokens_PLD))
-        if pixel_values is None and self.training and torch.distributed.is_initialized():
-            student_ND = student_ND + self._unseen_picture()
+        student = _run(self.student, spelling, features_PLE)
+        labels_N = student.labels_BT[:, 1:][supervised(student.labels_BT)]
+        student_ND = at_supervised(student.hidden_BTD, student.labels_BT)
+        if self.training and torch.distributed.is_initialized():
+            student_ND = student_ND + self._unused(pictures=pixel_values is not None)
         teacher_ND = switch_MD = None
+        on_pictures: Terms = {}
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_tokens_PLD = None
-                if pixel_values is not None:
-                    teacher_tokens_PLD = visual_tokens(self.teacher, visual_features(self.teacher, pixel_values))
-                teacher_ND = at_supervised(last_hidden(self.teacher, ids_BT, mask_BT, teacher_tokens_PLD))
+                seen_PLE = None if pixel_values is None else visual_features(self.teacher, pixel_values)
+                teacher = _run(self.teacher, self._as_teacher(spelling), seen_PLE)
+                teacher_ND = at_supervised(teacher.hidden_BTD, teacher.labels_BT)
             if features_PLE is not None and self._runs_switch():
-                rows = int(has_picture_B.sum())
-                switch_MD = at_supervised(switch_hidden(self.teacher, ids_BT[:rows], mask_BT[:rows], features_PLE))
-        return self._objective_in_chunks(labels_N, student_ND, teacher_ND, switch_MD, num_items_in_batch)
+                switch_MD = self._switch(teacher, features_PLE, int(has_picture_B.sum()))
+            if features_PLE is not None:
+                on_pictures = self._compare_pictures(student, teacher)
+        at_positions = self._in_chunks(self._at_positions, labels_N, student_ND, teacher_ND, switch_MD)
+        sums = _add(at_positions, on_pictures)
+        count = max(len(labels_N), 1)
+        loss = sums.pop("loss") / (count if num_items_in_batch is None else num_items_in_batch)
+        return {"loss": loss, "terms": {name: value / count for name, value in sums.items()}}
 
-    def _unseen_picture(self) -> Tensor:
-        """Return 0 with the encoder and projector in its graph, for a text-only batch among several processes.
+    def _as_teacher(self, spelling: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The same rows with as many visual tokens a picture as the teacher has."""
+        assert self.teacher is not None
+        here, there = tokens_per_picture(self.student.config), tokens_per_picture(self.teacher.config)
+        return respell(*spelling, image_token=self.student.config.image_token_index, here=here, there=there)
+
+    def _switch(self, teacher: _Pathway, features_PLE: Tensor, rows: int) -> Tensor:
+        """Hidden states [M, D] of the switch pathway at the supervised positions of the first `rows` rows."""
+        assert self.teacher is not None
+        if "encoder" in self.adapters:
+            features_PLE = self.adapters["encoder"](features_PLE)
+        hidden_BTD = switch_hidden(self.teacher, teacher.ids_BT[:rows], teacher.mask_BT[:rows], features_PLE)
+        return at_supervised(hidden_BTD, teacher.labels_BT)
+
+    def _compare_pictures(self, student: _Pathway, teacher: _Pathway) -> Terms:
+        """What the objective says of the pictures themselves, where it asks for them; both spell them alike."""
+        objective = self.objective
+        if not (objective.needs_visual_logits or objective.needs_pictures):
+            return {}
+        assert self.teacher is not None
+        image_token, tokens = self.student.config.image_token_index, tokens_per_picture(self.student.config)
+        layout = lay_out(student.ids_BT, student.mask_BT, student.labels_BT, image_token, tokens)
+        sums: Terms = {}
+        if objective.needs_visual_logits:
+            weight_N = (layout.weight_P / tokens).repeat_interleave(tokens)
+            ours_ND, theirs_ND = (visual_hidden(pathway.hidden_BTD, layout) for pathway in (student, teacher))
+            sums = self._in_chunks(self._at_visual_positions, ours_ND, theirs_ND, weight_N)
+        if objective.needs_pictures:
+            views = (
+                picture_view(pathway.tokens_PLD, self._attention(model, pathway), layout)
+                for model, pathway in ((self.student, student), (self.teacher, teacher))
+                if pathway.tokens_PLD is not None
+            )
+            sums = _add(sums, objective.on_pictures(pictures(layout, *views), self.adapters))
+        return sums
+
+    def _attention(self, model: LlavaForConditionalGeneration, pathway: _Pathway) -> Tensor | None:
+        if not self.objective.needs_attention:
+            return None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and model is self.student):
+            return first_attention(model, embed(model, pathway.ids_BT, pathway.tokens_PLD), pathway.mask_BT)
+
+    def _unused(self, *, pictures: bool) -> Tensor:
+        """Return 0 with what this batch may leave out in its graph: adapters, and without pictures the encoder.
 
         Gradients are exchanged parameter by parameter: a rank without one for its encoder keeps the others waiting.
         """
+        zero = torch.stack([self.student.lm_head.weight.new_zeros(()), *(p.sum() for p in self.adapters.parameters())])
+        if pictures:
+            return 0 * zero.sum()
         vision: Any = self.student.config.vision_config
         size = vision.image_size
         pixels_PCHW = self.student.lm_head.weight.new_zeros(1, vision.num_channels, size, size)
-        return 0 * visual_tokens(self.student, visual_features(self.student, pixels_PCHW)).sum()
+        return 0 * (zero.sum() + visual_tokens(self.student, visual_features(self.student, pixels_PCHW)).sum())
 
     def _runs_switch(self) -> bool:
         """Evaluation reports the term; training runs the pass only if the encoder can learn from it."""
         encoder_trains = any(parameter.requires_grad for parameter in self.student.model.vision_tower.parameters())
         return self.objective.needs_switch and (encoder_trains or not self.training)
 
-    def _objective_in_chunks(
-        self,
-        labels_N: Tensor,
-        student_ND: Tensor,
-        teacher_ND: Tensor | None,
-        switch_MD: Tensor | None,
-        num_items_in_batch: Tensor | int | None,
-    ) -> DistillationOutput:
-        count, step = len(labels_N), self.chunk_positions
+    def _in_chunks(self, function: Callable[..., Terms], *tensors: Tensor | None) -> Terms:
+        """Sum what the function gives for every chunk of positions; tensors' first dimension is positions, or None."""
+        count, step = max(len(tensor) for tensor in tensors if tensor is not None), self.chunk_positions
+        if count <= step:
+            return function(*tensors)
         sums: Terms = {}
-        for start in range(0, max(count, 1), step):
-            chunk = slice(start, start + step)
-            pathways = (
-                labels_N[chunk],
-                student_ND[chunk],
-                None if teacher_ND is None else teacher_ND[chunk],
-                None if switch_MD is None else switch_MD[chunk],
-            )
-            if count <= step:
-                terms = self._objective_on(*pathways)
-            else:
-                # Logits of one chunk at a time: the backward computes them again.
-                terms = checkpoint(self._objective_on, *pathways, use_reentrant=False, preserve_rng_state=False)
-            sums = {name: sums[name] + value if sums else value for name, value in terms.items()}
-        loss = sums.pop("loss") / (max(count, 1) if num_items_in_batch is None else num_items_in_batch)
-        return {"loss": loss, "terms": {name: value / max(count, 1) for name, value in sums.items()}}
+        for start in range(0, count, step):
+            chunk = [None if tensor is None else tensor[start : start + step] for tensor in tensors]
+            # Logits of one chunk at a time: the backward computes them again.
+            sums = _add(sums, checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False))
+        return sums
 
-    def _objective_on(
+    def _at_positions(
         self, labels_N: Tensor, student_ND: Tensor, teacher_ND: Tensor | None, switch_MD: Tensor | None
     ) -> Terms:
         teacher_NV = switch_MV = None
@@ -172,6 +237,30 @@ class Distillation(nn.Module):
             if switch_MD is not None and len(switch_MD):
                 switch_MV = self.teacher.lm_head(switch_MD)
         return self.objective(Positions(labels_N, self.student.lm_head(student_ND), teacher_NV, switch_MV))
+
+    def _at_visual_positions(self, student_ND: Tensor, teacher_ND: Tensor, weight_N: Tensor) -> Terms:
+        assert self.teacher is not None
+        with torch.no_grad():
+            teacher_NV = self.teacher.lm_head(teacher_ND)
+        return self.objective.at_visual_positions(self.student.lm_head(student_ND), teacher_NV, weight_N)
+
+
+def _run(
+    model: LlavaForConditionalGeneration, spelling: tuple[Tensor, Tensor, Tensor], features_PLE: Tensor | None
+) -> _Pathway:
+    ids_BT, mask_BT, labels_BT = spelling
+    tokens_PLD = None if features_PLE is None else visual_tokens(model, features_PLE)
+    return _Pathway(ids_BT, mask_BT, labels_BT, tokens_PLD, last_hidden(model, ids_BT, mask_BT, tokens_PLD))
+
+
+def _add(one: Terms, other: Terms) -> Terms:
+    common = {name: one[name] + other[name] for name in one.keys() & other.keys()}
+    return one | other | common
+
+
+def _widths(model: LlavaForConditionalGeneration) -> Widths:
+    text: Any = model.config.text_config
+    return Widths(features_width(model), text.hidden_size, text.num_attention_heads)
 
 
 def _leave_out_teacher(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from .world.scenes import PICTURE_SIDE
 from .world.vocabulary import train_tokenizer, world_texts
 
 STEPS = 2
+PATCHES = 3  # of the tiny encoders, on a side
 # What only makes sense on the machine and the data that the recipe is for.
 _FULL_SIZE_ONLY = ("deepspeed", "bf16", "fp16", "tf32", "optim", "use_liger_kernel", "gradient_accumulation_steps")
 
@@ -77,7 +78,12 @@ def _tiny_model(model: ModelRecipe, folder: Path, width: int) -> ModelRecipe:
     Qwen2ForCausalLM(config).save_pretrained(folder / "language_model")
     tokenizer.save_pretrained(folder / "language_model")
     return dataclasses.replace(
-        model, checkpoint=None, encoder=str(folder / "encoder"), language_model=str(folder / "language_model")
+        model,
+        checkpoint=None,
+        encoder=str(folder / "encoder"),
+        language_model=str(folder / "language_model"),
+        # Smaller than the encoder's grid, so that it pools, and no divisor of it, as 12 is none of SigLIP's 27.
+        projector_grid=min(model.projector_grid, PATCHES - 1),
     )
 
 
@@ -88,7 +94,7 @@ def _tiny_encoder(name: str) -> PreTrainedModel:
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "image_size": PICTURE_SIDE,
-        "patch_size": 24,
+        "patch_size": PICTURE_SIDE // PATCHES,
     }
     torch.manual_seed(0)
     if "clip" in name and "siglip" not in name:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from switchkd.export.pixels import Preprocessing, open_picture, to_pixels
+from switchkd.export.pixels import open_picture, to_pixels
 
-from .conversations import ConversationEncoder, to_messages
+from .conversations import to_messages
 from .vlm import Vlm
 
 
@@ -25,16 +25,19 @@ def generate_answers(
     pictures: Path,
     *,
     batch: int = 128,
-    max_new_tokens: int = 12,
+    max_new_tokens: int = 32,
     title: str,
 ) -> list[str]:
     """The model's greedy answer to each record's last question, earlier turns given as they are in the record."""
     model, tokenizer = vlm.model.eval(), vlm.tokenizer
-    encoder = ConversationEncoder(tokenizer, vlm.processor.image_token, vlm.tokens_per_picture)
-    preprocessing = Preprocessing.from_config(vlm.processor.image_processor.to_dict())
-    answers: list[str] = []
-    for rows in _batches(records, batch, title):
-        prompts = [encoder.encode_prompt(to_messages(record)[:-1]) for record in rows]
+    encoder, preprocessing = vlm.inputs()
+    all_prompts = [encoder.encode_prompt(to_messages(record)[:-1]) for record in records]
+    # Questions of one length are mostly of one wording, so that a batch's answers end at about the same time.
+    order = sorted(range(len(records)), key=lambda index: len(all_prompts[index]))
+    answers = [""] * len(records)
+    for batch_order in _batches(order, batch, title):
+        rows = [records[index] for index in batch_order]
+        prompts = [all_prompts[index] for index in batch_order]
         length = max(map(len, prompts))
         padding = tokenizer.pad_token_id
         # Left padding, so that every row's next token is at the same place.
@@ -52,10 +55,12 @@ def generate_answers(
             max_new_tokens=max_new_tokens,
             do_sample=False,
         )
-        answers += tokenizer.batch_decode(generated_BT[:, length:], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(generated_BT[:, length:], skip_special_tokens=True)
+        for index, text in zip(batch_order, texts, strict=True):
+            answers[index] = text
     return answers
 
 
-def _batches(records: Sequence[dict[str, Any]], size: int, title: str) -> Iterator[Sequence[dict[str, Any]]]:
-    for start in tqdm(range(0, len(records), size), desc=title, disable=None, unit="batch"):
-        yield records[start : start + size]
+def _batches(order: Sequence[int], size: int, title: str) -> Iterator[Sequence[int]]:
+    for start in tqdm(range(0, len(order), size), desc=title, disable=None, unit="batch"):
+        yield order[start : start + size]

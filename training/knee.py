@@ -1,18 +1,28 @@
 """The leading tokens of each position: the knee of the sorted logits says how many, and only those are sorted.
 
-Shapes: N positions (rows), V vocabulary, K the widest row's number of leading tokens, S survivors of the coarse search.
+A row of a large vocabulary is searched in three steps: find a floor that no leading token can lie below, take the
+survivors that reach it, and sort those. float32 on a CPU goes through numpy (`knee_cpu`), everything else is torch.
+
+Shapes: N positions (rows), V vocabulary, K the widest row's number of leading tokens, S survivors of the widest row,
+M survivors of all rows, T levels.
 """
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-# Up to this vocabulary a full sort costs no more than the histogram that avoids it (CPU, measured).
-FULL_SORT_VOCABULARY = 2048
-# Logits looked at together: bounds the temporaries, and on a CPU keeps them near the cache.
-ELEMENTS_AT_ONCE = 2**22
+from . import knee_cpu
+from .knee_cpu import DENSE, first_lowest
+
+# Up to this vocabulary sorting a whole row costs no more than the search for a floor (CPU, measured).
+FULL_SORT_VOCABULARY = 8192
+# Logits looked at together: bounds the float32 copy of half-precision logits.
+ELEMENTS_AT_ONCE = 2**23
+# One token in so many is sorted to guess where the knee is; what the guess leads to is then counted exactly.
+SAMPLED = 32
+# How many levels are counted besides the guessed knee. Fewer prove less, and so leave more tokens to sort.
+LEVELS = 9
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,13 @@ class Leaders:
         width = int(k_N.max()) if len(k_N) else 0
         return Leaders(self.ids_NK[start:stop, :width], k_N)
 
+    def padded(self, width: int) -> Tensor:
+        """Return the ids padded to `width` with each row's first."""
+        if self.ids_NK.shape[1] >= width:
+            return self.ids_NK
+        first_NP = self.ids_NK[:, :1].expand(-1, width - self.ids_NK.shape[1])
+        return torch.cat([self.ids_NK, first_NP], dim=1)
+
 
 def knee_k(sorted_logits_NV: Tensor, *, min_k: int = 3, max_k: int | None = None) -> Tensor:
     """Return k_N, the number of logits of each descending row up to and including its knee, within [min_k, max_k].
@@ -45,26 +62,22 @@ def knee_k(sorted_logits_NV: Tensor, *, min_k: int = 3, max_k: int | None = None
     if rows == 0 or vocabulary == 0:
         return torch.zeros(rows, dtype=torch.long, device=sorted_logits_NV.device)
     sorted_NV = accumulable(sorted_logits_NV)
-    gap_NV = _gap_below_chord(sorted_NV, sorted_NV[:, :1], sorted_NV[:, -1:], vocabulary)
-    return _bounded(_first_largest(gap_NV) + 1, min_k, max_k, vocabulary)
+    return _bounded(
+        _first_lowest(sorted_NV, vocabulary, sorted_NV[:, :1] - sorted_NV[:, -1:]), min_k, max_k, vocabulary
+    )
 
 
-def _gap_below_chord(sorted_NS: Tensor, highest_N1: Tensor, lowest_N1: Tensor, vocabulary: int) -> Tensor:
-    """Return how far the first S of `vocabulary` sorted logits lie below the chord from highest to lowest."""
-    # In logits, not divided by highest − lowest: the same argmax, and an all-equal row needs no exception.
-    x_S = torch.arange(sorted_NS.shape[1], device=sorted_NS.device, dtype=sorted_NS.dtype) / max(vocabulary - 1, 1)
-    return torch.addcmul(highest_N1, x_S, lowest_N1 - highest_N1) - sorted_NS
+def _first_lowest(sorted_NS: Tensor, vocabulary: int, span_N1: Tensor) -> Tensor:
+    if sorted_NS.device.type == "cpu":
+        # torch's CPU argmin is not vectorised: numpy's takes a tenth of its time.
+        return torch.from_numpy(first_lowest(sorted_NS.numpy(), vocabulary, span_N1.numpy()))
+    found: Tensor = first_lowest(sorted_NS, vocabulary, span_N1)
+    return found
 
 
-def _first_largest(x_NS: Tensor) -> Tensor:
-    """Return each row's argmax, the first of equals."""
-    # torch's CPU argmax is not vectorised: numpy's takes a tenth of its time.
-    return torch.from_numpy(x_NS.numpy().argmax(axis=1)) if x_NS.device.type == "cpu" else x_NS.argmax(dim=1)
-
-
-def _bounded(k_N: Tensor, min_k: int, max_k: int | None, vocabulary: int) -> Tensor:
-    """Clamp the knee's k to [min_k, max_k] and to what the vocabulary holds."""
-    return k_N.clamp(min=min_k, max=max_k).clamp(max=vocabulary)
+def _bounded(knee_N: Tensor, min_k: int, max_k: int | None, vocabulary: int) -> Tensor:
+    """Return the number of tokens up to the knee, within [min_k, max_k] and what the vocabulary holds."""
+    return (knee_N + 1).clamp(min=min_k, max=max_k).clamp(max=vocabulary)
 
 
 def accumulable(logits: Tensor) -> Tensor:
@@ -85,123 +98,156 @@ def rank(logits_NV: Tensor, *, window: int | None = None, min_k: int = 3, max_k:
     step = max(1, ELEMENTS_AT_ONCE // vocabulary)
     blocks = []
     for start in range(0, rows, step):
-        block_NV = accumulable(logits_NV[start : start + step])
-        highest_N1, lowest_N1 = _finite_ends(block_NV, first_row=start)
-        if window is not None and window < vocabulary:
-            sorted_NS, ids_NS = _top(block_NV, window)
-            k_N = knee_k(sorted_NS, min_k=min_k, max_k=max_k)
-        elif vocabulary <= FULL_SORT_VOCABULARY:
-            sorted_NS, ids_NS = sort_descending(block_NV)
-            k_N = knee_k(sorted_NS, min_k=min_k, max_k=max_k)
-        else:
-            ids_NS, knee_N = _sort_to_the_knee(block_NV, highest_N1, lowest_N1, min_k)
-            k_N = _bounded(knee_N, min_k, max_k, vocabulary)
-        blocks.append(Leaders(ids_NS[:, : int(k_N.max())], k_N))
+        block_NV = accumulable(logits_NV.detach()[start : start + step])
+        blocks.append(_rank_block(block_NV, min(window or vocabulary, vocabulary), min_k, max_k, first_row=start))
     width = max(block.ids_NK.shape[1] for block in blocks)
-    ids = [torch.nn.functional.pad(block.ids_NK, (0, width - block.ids_NK.shape[1])) for block in blocks]
-    return Leaders(torch.cat(ids), torch.cat([block.k_N for block in blocks]))
+    return Leaders(torch.cat([block.padded(width) for block in blocks]), torch.cat([block.k_N for block in blocks]))
 
 
-def refuse_non_finite(logits_NV: Tensor) -> None:
-    """Raise ValueError naming the first row that holds NaN or inf."""
-    if logits_NV.numel():
-        _finite_ends(logits_NV.detach(), first_row=0)
+def _rank_block(logits_NV: Tensor, window: int, min_k: int, max_k: int | None, *, first_row: int) -> Leaders:
+    """Do `rank` for float32 or float64 logits; `window` is at most the vocabulary."""
+    vocabulary = logits_NV.shape[1]
+    floor_N1 = span_N1 = None
+    if vocabulary <= FULL_SORT_VOCABULARY or window < vocabulary:
+        refuse_non_finite(logits_NV, first_row)
+    if vocabulary > FULL_SORT_VOCABULARY:
+        if window == vocabulary:
+            # Two passes: aminmax is ten times slower than both on a CPU. A NaN shows in either end.
+            highest_N1, lowest_N1 = logits_NV.amax(1, keepdim=True), logits_NV.amin(1, keepdim=True)
+            span_N1 = highest_N1 - lowest_N1
+            if not bool(span_N1.isfinite().all()):
+                refuse_non_finite(logits_NV, first_row)
+            floor_N1 = _floor_below_knee(logits_NV, highest_N1, lowest_N1, min_k)
+        elif window < vocabulary * DENSE:
+            floor_N1 = _floor_of_top(logits_NV, window)
+    if _through_numpy(logits_NV):
+        floor, span = (None if x_N1 is None else x_N1.numpy() for x_N1 in (floor_N1, span_N1))
+        ids_NK, k_N = map(torch.from_numpy, knee_cpu.leading(logits_NV.numpy(), floor, span, window, min_k, max_k))
+        return Leaders(ids_NK, k_N)
+    if floor_N1 is None:
+        ordered = logits_NV.sort(dim=1, descending=True, stable=True)
+        sorted_NS, ids_NS = ordered.values, ordered.indices
+    else:
+        sorted_NS, ids_NS = _sorted_from(logits_NV, floor_N1)
+    sorted_NS = sorted_NS[:, :window]
+    span_N1 = sorted_NS[:, :1] - sorted_NS[:, -1:] if span_N1 is None else span_N1
+    k_N = _bounded(_first_lowest(sorted_NS, window, span_N1), min_k, max_k, window)
+    leaders = Leaders(ids_NS[:, : int(k_N.max())], k_N)
+    # The padding repeats each row's first token, so that it widens no range of logits.
+    return Leaders(torch.where(leaders.valid_NK, leaders.ids_NK, leaders.ids_NK[:, :1]), k_N)
 
 
-def _finite_ends(logits_NV: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
-    """Return each row's highest and lowest logit, [N, 1]; raises ValueError as `rank` does."""
-    # Two passes: aminmax is ten times slower than both on a CPU. A NaN shows in either end.
-    highest_N1, lowest_N1 = logits_NV.amax(1, keepdim=True), logits_NV.amin(1, keepdim=True)
-    good_N = (highest_N1.isfinite() & lowest_N1.isfinite()).squeeze(1)
-    if not bool(good_N.all()):
-        row = int(good_N.logical_not().nonzero()[0, 0])
-        count = int(logits_NV[row].isfinite().logical_not().sum())
-        raise ValueError(
-            f"row {first_row + row} has {count} logits that are NaN or inf, so it has no knee; look for a too high "
-            "learning rate or fp16 overflow, and leave tokens out by cutting the vocabulary, not by -inf"
-        )
-    return highest_N1, lowest_N1
+def _sorted_from(logits_NV: Tensor, floor_N1: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits of each row that reach its floor, in descending order, and their token ids.
 
-
-def _top(logits_NV: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Return the top `window` logits of each row, descending, and their ids; equal ones by ascending id."""
-    # topk leaves the order of equal logits open, so its ids are put in ascending order before a stable sort.
-    ids_NS = logits_NV.topk(window, dim=1, sorted=False).indices.sort(dim=1).values
-    sorted_NS, order_NS = sort_descending(logits_NV.gather(1, ids_NS))
-    return sorted_NS, ids_NS.gather(1, order_NS)
-
-
-def _sort_to_the_knee(logits_NV: Tensor, highest_N1: Tensor, lowest_N1: Tensor, min_k: int) -> tuple[Tensor, Tensor]:
-    """Return each row's ids in descending order, sorted at least to its knee and to min_k, and its k_N.
-
-    The gap below the chord is the empirical distribution of the scaled logits minus the uniform one, so a histogram
-    bounds it in every bin: only logits from the lowest bin that can hold the largest gap upwards have to be sorted.
+    Equal logits come by ascending id. Rows with fewer than the widest are padded with id 0 and inf: never a knee.
     """
-    rows, vocabulary = logits_NV.shape
-    bin_NV, count_NB = _histogram(logits_NV, highest_N1, lowest_N1)
-    floor_N1 = _lowest_bin_needed(count_NB, vocabulary, min_k)
-
-    row_M, id_M = (bin_NV >= floor_N1).nonzero(as_tuple=True)
-    survivors_N = row_M.bincount(minlength=rows)
-    place_M = torch.arange(len(row_M), device=row_M.device) - (survivors_N.cumsum(0) - survivors_N)[row_M]
-    width = int(survivors_N.max())
-    values_NS = logits_NV.new_full((rows, width), -torch.inf)
+    row_M, id_M = (logits_NV >= floor_N1).nonzero(as_tuple=True)
+    count_N = row_M.bincount(minlength=len(logits_NV))
+    width = int(count_N.max())
+    place_M = torch.arange(len(row_M), device=row_M.device) - (count_N.cumsum(0) - count_N)[row_M]
+    values_NS = logits_NV.new_full((len(logits_NV), width), -torch.inf)
     values_NS[row_M, place_M] = logits_NV[row_M, id_M]
     ids_NS = torch.zeros_like(values_NS, dtype=torch.long)
     ids_NS[row_M, place_M] = id_M
-
-    sorted_NS, order_NS = sort_descending(values_NS)
-    padding_NS = torch.arange(width, device=row_M.device) >= survivors_N[:, None]
-    gap_NS = _gap_below_chord(sorted_NS, highest_N1, lowest_N1, vocabulary).masked_fill(padding_NS, -torch.inf)
-    return ids_NS.gather(1, order_NS), _first_largest(gap_NS) + 1
+    ordered = values_NS.sort(dim=1, descending=True, stable=True)
+    padding_NS = torch.arange(width, device=count_N.device) >= count_N[:, None]
+    return ordered.values.masked_fill_(padding_NS, torch.inf), ids_NS.gather(1, ordered.indices)
 
 
-def _histogram(logits_NV: Tensor, highest_N1: Tensor, lowest_N1: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the bin of every logit, from 0 at the row's lowest, and how many are in each bin."""
-    rows, bins = len(logits_NV), _bins(logits_NV.shape[1])
-    # A span below the smallest normal number would overflow the scale; such a row is flat, all of it in bin 0.
-    scale_N1 = (bins - 1) / (highest_N1 - lowest_N1).clamp(min=torch.finfo(logits_NV.dtype).tiny * 2**13)
-    bin_NV = ((logits_NV - lowest_N1) * scale_N1).to(torch.int32)
-    first_bin_N1 = torch.arange(rows, device=bin_NV.device, dtype=torch.int32)[:, None] * bins
-    count = (bin_NV + first_bin_N1).view(-1).bincount(minlength=rows * bins)
-    return bin_NV, count.view(rows, bins)
+def refuse_non_finite(logits_NV: Tensor, first_row: int = 0) -> None:
+    """Raise ValueError naming the first row that holds NaN or inf; `first_row` is the number of the first."""
+    # NaN and inf never leave a sum. Large finite logits can overflow it, so a bad sum only asks for a closer look.
+    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+    if logits_NV.numel() == 0 or bool(logits_NV.detach().sum(dtype=dtype).isfinite()):
+        return
+    bad_N = logits_NV.isfinite().logical_not().sum(1)
+    if bool(bad_N.any()):
+        row = int(bad_N.nonzero()[0, 0])
+        raise ValueError(
+            f"row {first_row + row} has {int(bad_N[row])} logits that are NaN or inf, so it has no knee; look for a "
+            "too high learning rate or fp16 overflow, and leave tokens out by cutting the vocabulary, not by -inf"
+        )
 
 
-def _bins(vocabulary: int) -> int:
-    """Fine bins leave fewer logits to sort, but cost time of their own: a sixteenth of the vocabulary is a balance."""
-    return min(2048, max(64, vocabulary // 16))
+def _floor_of_top(logits_NV: Tensor, window: int) -> Tensor:
+    """Return floors_N1 that at least `window` logits of each row reach."""
+    sample_NS = _sorted_values(logits_NV[:, ::SAMPLED])
+    at = _enough_of_sample(window, sample_NS.shape[1])
+    floor_N1 = sample_NS[:, at : at + 1]
+    if bool((_count_from(logits_NV, floor_N1) < window).any()):
+        # The sample misled: once in thousands of rows where ids say nothing about logits.
+        floor_N1 = logits_NV.topk(window, dim=1).values[:, -1:]
+    return floor_N1
 
 
-def _lowest_bin_needed(count_NB: Tensor, vocabulary: int, min_k: int) -> Tensor:
-    """Return each row's lowest bin that can hold its largest gap or one of its top min_k logits."""
-    from_here_NB = count_NB.flip(1).cumsum(1).flip(1)
-    above_NB = from_here_NB - count_NB
-    last = count_NB.shape[1] - 1
-    bin_B = torch.arange(last + 1, device=count_NB.device)
-    # Its highest logit, at index `above`, has y within the bin, and no other has a smaller index. One bin of slack on
-    # each side is far more than the rounding of the bins.
-    rank_NB = above_NB.double() / (vocabulary - 1)
-    most_NB = 1 - (bin_B - 1) / last - rank_NB
-    least_NB = 1 - (bin_B + 2) / last - rank_NB
-    filled_NB = count_NB > 0
-    best_N1 = least_NB.masked_fill(~filled_NB, -torch.inf).amax(1, keepdim=True)
-    knee_N1 = (filled_NB & (most_NB >= best_N1)).int().argmax(1, keepdim=True)
-    enough_N1 = (from_here_NB >= min(min_k, vocabulary)).sum(1, keepdim=True) - 1
-    return torch.minimum(knee_N1, enough_N1)
+def _enough_of_sample(count: int, size: int) -> int:
+    """Return the index in a sorted sample that `count` logits should lie above, but for four standard errors."""
+    expected = count / SAMPLED
+    return min(int(expected + 4 * expected**0.5) + 2, size - 1)
 
 
-def sort_descending(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return every row's logits in descending order and their token ids; equal logits by ascending id."""
-    if logits_NV.device.type == "cpu" and logits_NV.dtype == torch.float32:
-        # torch's CPU sort of (value, index) pairs is not vectorised, numpy's of integers is: 5-10 times faster. So the
-        # order-preserving bits of the logit and its id are packed into one integer. Adding 0 turns -0 into 0.
-        bits = (logits_NV + 0.0).numpy().view(np.int32)
-        keys = (~(bits ^ ((bits >> 31) & 0x7FFFFFFF))).astype(np.int64)
-        keys <<= 32
-        keys |= np.arange(logits_NV.shape[1])
-        keys.sort(axis=1)
-        keys &= 0xFFFFFFFF
-        ids_NV = torch.from_numpy(keys)
-        return logits_NV.gather(1, ids_NV), ids_NV
-    ordered = logits_NV.sort(dim=1, descending=True, stable=True)
-    return ordered.values, ordered.indices
+def _floor_below_knee(logits_NV: Tensor, highest_N1: Tensor, lowest_N1: Tensor, min_k: int) -> Tensor:
+    """Return floors_N1 that each row's knee and its top min_k reach.
+
+    The gap below the chord is the empirical distribution of the logits minus the uniform one. So if R logits reach a
+    level t, the gap of every logit in [s, t) is at most highest − s − span·R/(V−1), and the largest gap of all is at
+    least highest − t − span·R/(V−1). Counting at a few levels thus proves which stretches cannot hold the knee. Where
+    the levels should be is guessed from a sample; a bad guess costs time and never changes the result.
+    """
+    vocabulary = logits_NV.shape[1]
+    level_NT = _guess_levels(logits_NV, highest_N1, lowest_N1, min_k)
+    count_NT = _count_from(logits_NV, level_NT)
+
+    level_NT, highest_N1, lowest_N1 = level_NT.double(), highest_N1.double(), lowest_N1.double()
+    chord_NT = highest_N1 - (highest_N1 - lowest_N1) * (count_NT.double() / (vocabulary - 1))
+    least_N1 = (chord_NT - level_NT).amax(1, keepdim=True)
+    most_NT = chord_NT - torch.cat([level_NT[:, 1:], lowest_N1], dim=1)
+    # The gaps are compared in the logits' own dtype later, with its rounding.
+    rounding_N1 = 8 * torch.finfo(logits_NV.dtype).eps * torch.maximum(highest_N1.abs(), lowest_N1.abs())
+    holds_none_NT = (most_NT < least_N1 - rounding_N1) & (count_NT >= min(min_k, vocabulary))
+    # The first level below which no stretch can; the row's lowest logit where there is none.
+    proven_NT = holds_none_NT.flip(1).int().cumprod(1)
+    at_N1 = level_NT.shape[1] - proven_NT.sum(1, keepdim=True)
+    return torch.cat([level_NT, lowest_N1], dim=1).gather(1, at_N1).to(logits_NV.dtype)
+
+
+def _guess_levels(logits_NV: Tensor, highest_N1: Tensor, lowest_N1: Tensor, min_k: int) -> Tensor:
+    """Return descending levels [N, T]: the knee of a sample of each row, a first floor, and stretches down from it."""
+    sample_NS = _sorted_values(logits_NV[:, ::SAMPLED])
+    size = sample_NS.shape[1]
+    span_N1 = highest_N1 - lowest_N1
+    knee_N1 = _first_lowest(sample_NS, size, span_N1)[:, None]
+    knee_level_N1 = sample_NS.gather(1, knee_N1)
+    least_N1 = knee_level_N1 + span_N1 * (knee_N1 / (size - 1))
+
+    # The first floor is twice as deep as the knee, where the gap is clearly smaller than the largest.
+    first = max(int(size * DENSE) + 4, _enough_of_sample(min_k, size))
+    level_N1 = sample_NS.gather(1, (2 * knee_N1).clamp(min=min(first, size - 1), max=size - 1))
+    levels = [knee_level_N1, level_N1]
+    falling_NS = -sample_NS
+    while len(levels) < LEVELS + 1:
+        above_N1 = torch.searchsorted(falling_NS, -level_N1)
+        # A stretch can be as long as the gap at its upper end is smaller than the largest; the sample may err.
+        smaller_N1 = level_N1 + span_N1 * (above_N1 / (size - 1)) - least_N1
+        level_N1 = level_N1 - 0.75 * smaller_N1.clamp(min=0)
+        levels.append(level_N1)
+    return torch.cat(levels, dim=1).maximum(lowest_N1)
+
+
+def _through_numpy(logits_NV: Tensor) -> bool:
+    return logits_NV.device.type == "cpu" and logits_NV.dtype == torch.float32
+
+
+def _sorted_values(logits_NV: Tensor) -> Tensor:
+    """Return every row's logits in descending order."""
+    if _through_numpy(logits_NV):
+        return torch.from_numpy(knee_cpu.sorted_values(logits_NV.numpy()))
+    return logits_NV.sort(dim=1, descending=True).values
+
+
+def _count_from(logits_NV: Tensor, level_NT: Tensor) -> Tensor:
+    """Return [N, T], how many logits of each row reach each of its levels."""
+    if _through_numpy(logits_NV):
+        return torch.from_numpy(knee_cpu.count_from(logits_NV.numpy(), level_NT.numpy()))
+    return torch.stack([(logits_NV >= level_N1).sum(1) for level_N1 in level_NT[:, :, None].unbind(1)], dim=1)

@@ -13,6 +13,8 @@ from typing import Any, Self
 
 import yaml
 
+from switchkd.export.projectors import GRID, LDPV2, MLP, PROJECTORS
+
 from .vlm import PARTS
 
 
@@ -33,7 +35,8 @@ def check_keys(given: dict[str, Any], known: list[str], where: str) -> None:
 class ModelRecipe:
     """Where a model comes from: a whole checkpoint (`checkpoint`), or an encoder and a language model.
 
-    Each is a folder or a hub id. `vision_feature_layer` and `drop_first_patch` apply when it is put together.
+    Each is a folder or a hub id. The rest applies when it is put together: `vision_feature_layer`, `drop_first_patch`,
+    and `projector`, LLaVA's "mlp" or "ldpv2", which pools the visual tokens to `projector_grid` on a side.
     """
 
     checkpoint: str | None = None
@@ -41,6 +44,8 @@ class ModelRecipe:
     language_model: str | None = None
     vision_feature_layer: int = -2
     drop_first_patch: bool = False
+    projector: str = MLP
+    projector_grid: int = GRID
 
     def __post_init__(self) -> None:
         pair = self.encoder is not None and self.language_model is not None
@@ -48,6 +53,20 @@ class ModelRecipe:
             raise RecipeError(
                 f"model: checkpoint is {self.checkpoint!r}, encoder {self.encoder!r}, language_model "
                 f"{self.language_model!r}; give either a checkpoint, or an encoder and a language model"
+            )
+        if self.projector not in PROJECTORS:
+            near = difflib.get_close_matches(str(self.projector), PROJECTORS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known projectors: {', '.join(PROJECTORS)}"
+            raise RecipeError(f"model: unknown projector {self.projector!r}; {hint}")
+        if self.checkpoint is not None and self.projector != MLP:
+            raise RecipeError(
+                f"model: projector is {self.projector!r} and checkpoint {self.checkpoint!r}, which brings a projector "
+                "of its own; leave projector out, or give an encoder and a language model"
+            )
+        if not isinstance(self.projector_grid, int) or self.projector_grid < 1:
+            raise RecipeError(
+                f"model: projector_grid is {self.projector_grid!r}, expected 1 or more: {LDPV2} pools the visual "
+                f"tokens to that many on a side; {GRID} is MobileVLM V2's"
             )
 
 
@@ -115,6 +134,17 @@ class Recipe:
         values["stages"] = tuple(_stage(stage, index) for index, stage in enumerate(values.get("stages") or []))
         recipe: Self = _build(cls, values, "recipe")
         return recipe
+
+    def with_max_steps(self, steps: int) -> Self:
+        """The same recipe with every stage ended after `steps` steps, to try it or to time it. Raises RecipeError."""
+        if steps < 1:
+            raise RecipeError(f"max_steps is {steps}, expected 1 or more; a stage without a step has nothing to save")
+        return dataclasses.replace(
+            self,
+            stages=tuple(
+                dataclasses.replace(stage, training=stage.training | {"max_steps": steps}) for stage in self.stages
+            ),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML takes them."""

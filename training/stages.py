@@ -5,6 +5,7 @@ A stage is resumed where it was stopped, and is saved as a standard checkpoint f
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -18,14 +19,12 @@ import yaml
 from transformers import TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from switchkd.export.pixels import Preprocessing
-
-from .conversations import ConversationDataset, ConversationEncoder, collator, read_records
+from .conversations import ConversationDataset, collator, read_records
 from .distillation import Distillation
 from .objectives import Objective, build_objective
 from .recipe import Recipe, RecipeError, StageRecipe, check_keys, find_recipe
 from .switch import check_tokenizers
-from .trainer import LOG_NAME, DistillationTrainer
+from .trainer import ADAPTERS_NAME, LOG_NAME, DistillationTrainer
 from .vlm import Vlm, build_vlm, load_vlm, train_only
 
 STAGE_FILE = "stage.json"
@@ -132,6 +131,8 @@ def _student(recipe: Recipe, before: Path | None) -> Vlm:
         model.language_model,
         vision_feature_layer=model.vision_feature_layer,
         drop_first_patch=model.drop_first_patch,
+        projector=model.projector,
+        projector_grid=model.projector_grid,
         seed=recipe.seed,
     )
 
@@ -152,20 +153,28 @@ def _distillation(recipe: Recipe, stage: StageRecipe, student: Vlm) -> Distillat
     teacher = load_vlm(recipe.teacher)
     try:
         check_tokenizers(student.tokenizer, teacher.tokenizer)
+        _check_pixels(student, teacher)
         return Distillation(student.model, teacher.model, objective)
     except ValueError as error:
         raise RecipeError(f"stage {stage.name}: student and teacher do not fit: {error}") from None
+
+
+def _check_pixels(student: Vlm, teacher: Vlm) -> None:
+    """Both are given the student's pixels, so the teacher must have been trained on pictures prepared the same way."""
+    ours, theirs = (dataclasses.asdict(vlm.inputs()[1]) for vlm in (student, teacher))
+    for name, value in ours.items():
+        if value != theirs[name]:
+            raise ValueError(
+                f"pictures are prepared with {name} {value} for the student and {theirs[name]} for the teacher, and "
+                "both are given the same pixels; choose encoders of one family"
+            )
 
 
 def _dataset(stage: StageRecipe, student: Vlm) -> ConversationDataset:
     records: list[dict[str, Any]] = []
     for path in stage.data.records:
         records += read_records(Path(path))
-    encoder = ConversationEncoder(
-        student.tokenizer, student.processor.image_token, student.tokens_per_picture, stage.data.max_length
-    )
-    preprocessing = Preprocessing.from_config(student.processor.image_processor.to_dict())
-    return ConversationDataset(records, Path(stage.data.pictures or "."), encoder, preprocessing)
+    return ConversationDataset(records, Path(stage.data.pictures or "."), *student.inputs(stage.data.max_length))
 
 
 def _save(trainer: DistillationTrainer, recipe: Recipe, folder: Path, stage: dict[str, Any]) -> None:
@@ -175,6 +184,7 @@ def _save(trainer: DistillationTrainer, recipe: Recipe, folder: Path, stage: dic
     trainer.save_model(str(partial))
     if not trainer.is_world_process_zero():
         return
+    (partial / ADAPTERS_NAME).unlink(missing_ok=True)  # of no use without the teacher
     log = Path(str(trainer.args.output_dir)) / LOG_NAME
     if log.is_file():
         shutil.copy(log, partial / LOG_NAME)

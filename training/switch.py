@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
+from switchkd.export.projectors import encoder_tokens, tokens_per_picture
+
 PROBE = "The 3 red circles (left of 'a' square): déjà vu 图片 🙂\n\tWhat is 12 + 7?"
 
 
@@ -31,15 +33,21 @@ def visual_tokens(model: LlavaForConditionalGeneration, features_PLE: Tensor) ->
     return tokens_PLD
 
 
+def embed(model: LlavaForConditionalGeneration, input_ids_BT: Tensor, tokens_PLD: Tensor | None) -> Tensor:
+    """Return embeds_BTD: the words' embeddings, the visual tokens put in place of the image tokens, in order."""
+    embeds_BTD: Tensor = model.get_input_embeddings()(input_ids_BT)
+    if tokens_PLD is None:
+        return embeds_BTD
+    tokens_PLD = tokens_PLD.to(embeds_BTD.dtype)
+    place_BT1 = model.model.get_placeholder_mask(input_ids_BT, inputs_embeds=embeds_BTD, image_features=tokens_PLD)
+    return embeds_BTD.masked_scatter(place_BT1, tokens_PLD)
+
+
 def last_hidden(
     model: LlavaForConditionalGeneration, input_ids_BT: Tensor, attention_mask_BT: Tensor, tokens_PLD: Tensor | None
 ) -> Tensor:
     """Return hidden_BTD of the model's language model, the visual tokens put in place of the image tokens, in order."""
-    embeds_BTD = model.get_input_embeddings()(input_ids_BT)
-    if tokens_PLD is not None:
-        tokens_PLD = tokens_PLD.to(embeds_BTD.dtype)
-        place_BT1 = model.model.get_placeholder_mask(input_ids_BT, inputs_embeds=embeds_BTD, image_features=tokens_PLD)
-        embeds_BTD = embeds_BTD.masked_scatter(place_BT1, tokens_PLD)
+    embeds_BTD = embed(model, input_ids_BT, tokens_PLD)
     hidden_BTD: Tensor = model.model.language_model(
         inputs_embeds=embeds_BTD, attention_mask=attention_mask_BT, use_cache=False
     ).last_hidden_state
@@ -53,17 +61,8 @@ def switch_hidden(
 
     The teacher takes no gradient, but it flows through it into `features_PLE`: the student's encoder alone.
     """
-    features_PLE = features_PLE.to(teacher.model.multi_modal_projector.linear_1.weight.dtype)
+    features_PLE = features_PLE.to(teacher.dtype)
     return last_hidden(teacher, input_ids_BT, attention_mask_BT, visual_tokens(teacher, features_PLE))
-
-
-def tokens_per_picture(model: LlavaForConditionalGeneration) -> int:
-    """Return L, the visual tokens that the model's encoder gives a picture after its config's selection."""
-    config = model.config
-    vision: Any = config.vision_config
-    class_token = 1 if vision.model_type == "clip_vision_model" else 0
-    dropped = 1 if config.vision_feature_select_strategy == "default" else 0
-    return int((vision.image_size // vision.patch_size) ** 2) + class_token - dropped
 
 
 def features_width(model: LlavaForConditionalGeneration) -> int:
@@ -74,11 +73,17 @@ def features_width(model: LlavaForConditionalGeneration) -> int:
 
 
 def check_pair(
-    student: LlavaForConditionalGeneration, teacher: LlavaForConditionalGeneration, *, switch: bool = True
+    student: LlavaForConditionalGeneration,
+    teacher: LlavaForConditionalGeneration,
+    *,
+    switch: bool = True,
+    adapter: bool = False,
+    same_tokens: bool = False,
 ) -> None:
-    """Raise ValueError unless the two models see and say the same things; `switch` adds what the switch pathway needs.
+    """Raise ValueError unless the two models see and say the same things.
 
-    Tokenizers are not in the models: compare them with `check_tokenizers`.
+    `switch` adds what the switch pathway needs, `adapter` says that it bridges the encoders' widths, `same_tokens` that
+    visual tokens are compared one by one. Tokenizers are not in the models: compare them with `check_tokenizers`.
     """
     ours: Any = student.config
     theirs: Any = teacher.config
@@ -92,22 +97,37 @@ def check_pair(
             f"the student takes pictures of {ours.vision_config.image_size} pixels, the teacher of "
             f"{theirs.vision_config.image_size}; both are given the same pixels, so choose encoders of one size"
         )
-    if tokens_per_picture(student) != tokens_per_picture(teacher):
-        raise ValueError(
-            f"the student puts {tokens_per_picture(student)} visual tokens a picture into the sequence, the teacher "
-            f"{tokens_per_picture(teacher)}; choose encoders of one patch size and one vision_feature_select_strategy"
-        )
     vocabularies = ours.text_config.vocab_size, theirs.text_config.vocab_size
     if ours.image_token_index >= min(vocabularies):
         raise ValueError(
             f"the vocabularies are {vocabularies[0]} (student) and {vocabularies[1]} (teacher), and the image token "
             f"{ours.image_token_index} is not in both; resize the smaller one's embeddings"
         )
-    if switch and features_width(student) != features_width(teacher):
+    tokens = tokens_per_picture(ours), tokens_per_picture(theirs)
+    if same_tokens and tokens[0] != tokens[1]:
+        raise ValueError(
+            f"the student puts {tokens[0]} visual tokens a picture into the sequence, the teacher {tokens[1]}, and "
+            "this objective compares them one by one; choose one projector and one vision_feature_select_strategy for "
+            "both, or another objective"
+        )
+    if switch:
+        _check_switch(student, teacher, adapter)
+
+
+def _check_switch(
+    student: LlavaForConditionalGeneration, teacher: LlavaForConditionalGeneration, adapter: bool
+) -> None:
+    if encoder_tokens(student.config) != encoder_tokens(teacher.config):
+        raise ValueError(
+            f"the student's encoder gives {encoder_tokens(student.config)} features a picture, the teacher's projector "
+            f"takes {encoder_tokens(teacher.config)}; choose encoders of one patch size and one "
+            "vision_feature_select_strategy, or turn the switch off (lambda_vsd: 0)"
+        )
+    if features_width(student) != features_width(teacher) and not adapter:
         raise ValueError(
             f"the student's encoder gives features of width {features_width(student)}, the teacher's projector takes "
-            f"{features_width(teacher)}; choose a student with the teacher's encoder width, or turn the switch off "
-            "(lambda_vsd: 0)"
+            f"{features_width(teacher)}; choose a student with the teacher's encoder width, let a trained adapter "
+            "bridge them (encoder_adapter: true), or turn the switch off (lambda_vsd: 0)"
         )
 
 

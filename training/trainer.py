@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
-    LlavaForConditionalGeneration,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -27,7 +27,7 @@ from .sampler import LengthGroupedSampler
 from .vlm import Vlm
 
 LOG_NAME = "log.jsonl"
-_STUDENT = "student."
+ADAPTERS_NAME = "adapters.safetensors"  # beside the student in checkpoints to resume from
 
 
 class DistillationTrainer(Trainer):
@@ -41,6 +41,7 @@ class DistillationTrainer(Trainer):
         super().__init__(model=model, **settings)
         self.model_accepts_loss_kwargs = True
         self._vlm = vlm
+        self._adapters = model.adapters
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -77,14 +78,24 @@ class DistillationTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
+        student, adapters = None, self._adapters.state_dict()
         if state_dict is not None:  # DeepSpeed gathers the whole module's
-            state_dict = {key.removeprefix(_STUDENT): value for key, value in state_dict.items() if _STUDENT in key}
-        self._vlm.model.save_pretrained(folder, state_dict=state_dict)
+            student, adapters = _part(state_dict, "student."), _part(state_dict, "adapters.")
+        self._vlm.model.save_pretrained(folder, state_dict=student)
         self._vlm.processor.save_pretrained(folder)
+        if adapters:
+            save_file({name: value.contiguous() for name, value in adapters.items()}, folder / ADAPTERS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved = LlavaForConditionalGeneration.from_pretrained(resume_from_checkpoint, dtype=self._vlm.model.dtype)
+        kind = type(self._vlm.model)  # a projector of our own has a class of its own
+        saved = kind.from_pretrained(resume_from_checkpoint, dtype=self._vlm.model.dtype)
         self._vlm.model.load_state_dict(saved.state_dict())
+        if self._adapters:
+            self._adapters.load_state_dict(load_file(Path(resume_from_checkpoint) / ADAPTERS_NAME))
+
+
+def _part(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 
 
 class StageProgress(TrainerCallback):

@@ -22,9 +22,22 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from switchkd.export.pixels import Preprocessing
+from switchkd.export.projectors import (
+    GRID,
+    MLP,
+    Ldpv2Projector,
+    ProjectorError,
+    check_projector,
+    llava_class,
+    tokens_per_picture,
+)
+
+from .conversations import ConversationEncoder
+
 IMAGE_TOKEN = "<image>"
 END_OF_TURN = "<|im_end|>"
-ENCODERS = ("siglip_vision_model", "clip_vision_model")
+ENCODERS = ("siglip_vision_model", "clip_vision_model")  # a SigLIP 2 of fixed resolution is a siglip_vision_model
 PARTS = ("encoder", "projector", "language_model")
 
 
@@ -49,8 +62,16 @@ class Vlm:
         """How many positions of the sequence one picture takes."""
         return int(self.model.config.image_seq_length)
 
+    def inputs(self, max_length: int | None = None) -> tuple[ConversationEncoder, Preprocessing]:
+        """How conversations become this model's token ids, cut to `max_length`, and how pictures become its pixels."""
+        encoder = ConversationEncoder(self.tokenizer, self.processor.image_token, self.tokens_per_picture, max_length)
+        return encoder, Preprocessing.from_config(self.processor.image_processor.to_dict())
+
     def save(self, folder: Path) -> None:
-        """Write the standard folder that plain transformers loads: weights, tokenizer, template, processor."""
+        """Write the standard folder: weights, tokenizer, template, processor; plain transformers loads one with an MLP.
+
+        An LDPv2 folder needs `load_vlm`, or the class of switchkd.export.projectors.
+        """
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
@@ -62,10 +83,14 @@ def load_vlm(source: str | Path, *, dtype: torch.dtype | None = None) -> Vlm:
         raise ModelError(
             f"{source}: model type is {config.model_type!r}, expected 'llava' (a checkpoint folder of ours)"
         )
-    model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype or torch.float32)
+    try:
+        kind = llava_class(config)
+    except ProjectorError as error:
+        raise ModelError(f"{source}: {error}") from None
+    model = kind.from_pretrained(source, dtype=dtype or torch.float32)
     processor = LlavaProcessor.from_pretrained(source, backend="pil")
     vlm = Vlm(model, processor)
-    model.config.image_seq_length = _tokens_per_picture(model.config)
+    model.config.image_seq_length = tokens_per_picture(model.config)
     return vlm
 
 
@@ -75,37 +100,46 @@ def build_vlm(
     *,
     vision_feature_layer: int = -2,
     drop_first_patch: bool = False,
+    projector: str = MLP,
+    projector_grid: int = GRID,
     seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Vlm:
-    """Put a vision encoder and a language model together with a fresh 2-layer GELU projector.
+    """Put a vision encoder and a language model together with a fresh projector.
 
     The features are those of `vision_feature_layer`; CLIP's class token is dropped. `drop_first_patch` drops
     SigLIP's first patch too, which TinyLLaVA Factory's published models expect (728 tokens instead of 729).
-    Raises ModelError for an encoder or a language model that does not fit.
+    `projector` is LLaVA's 2-layer GELU "mlp", or "ldpv2", which pools the tokens to `projector_grid` on a side.
+    Raises ModelError for an encoder, a projector or a language model that does not fit.
     """
     tower = _encoder(encoder, dtype or torch.float32)
+    drop_first = drop_first_patch or tower.config.model_type == "clip_vision_model"
+    sight: dict[str, Any] = {
+        "vision_config": tower.config,
+        "vision_feature_layer": vision_feature_layer,
+        "vision_feature_select_strategy": "default" if drop_first else "full",
+        **_projector_settings(projector, projector_grid),
+    }
+    try:
+        check_projector(LlavaConfig(**sight))  # before the larger model is loaded
+    except ProjectorError as error:
+        raise ModelError(f"{encoder}: {error}") from None
     causal = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype or torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(language_model)
-    if tokenizer.chat_template is None:
-        raise ModelError(f"{language_model}: its tokenizer has no chat template; use an instruct model")
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    if END_OF_TURN in tokenizer.get_vocab():
-        tokenizer.eos_token = END_OF_TURN
+    tokenizer = _tokenizer(language_model)
     if len(tokenizer) > causal.config.vocab_size:
         causal.resize_token_embeddings(len(tokenizer))
-    drop_first = drop_first_patch or tower.config.model_type == "clip_vision_model"
+    for part, source in ((tower, encoder), (causal, language_model)):
+        if Path(source).exists():
+            part.config._name_or_path = (
+                ""  # a hub id says where a part is from, a folder only what this machine is like
+            )
     config = LlavaConfig(
-        vision_config=tower.config,
+        **sight,
         text_config=causal.config,
         image_token_index=tokenizer.get_vocab()[IMAGE_TOKEN],
-        vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy="default" if drop_first else "full",
-        projector_hidden_act="gelu",
         tie_word_embeddings=causal.config.tie_word_embeddings,
     )
-    config.image_seq_length = _tokens_per_picture(config)
+    config.image_seq_length = tokens_per_picture(config)
     model = _assemble(config, tower, causal, seed)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
@@ -113,23 +147,37 @@ def build_vlm(
     return Vlm(model, _processor(encoder, tokenizer, config))
 
 
+def _projector_settings(projector: str, grid: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {"projector_hidden_act": "gelu"}
+    # A config that names no projector is plain LLaVA's.
+    return settings if projector == MLP else settings | {"projector_type": projector, "projector_grid": grid}
+
+
 def _assemble(
     config: LlavaConfig, tower: PreTrainedModel, causal: PreTrainedModel, seed: int
 ) -> LlavaForConditionalGeneration:
     # Built without memory and then given the loaded parts, so that a 7B model is never held twice.
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model = llava_class(config)(config)
     model.model.vision_tower = tower
     model.model.language_model = causal.model
     model.lm_head = causal.lm_head
-    projector = model.model.multi_modal_projector.to_empty(device="cpu").to(causal.dtype)
+    _initialise(model.model.multi_modal_projector.to_empty(device="cpu").to(causal.dtype), seed)
+    model.tie_weights()
+    return model
+
+
+def _initialise(projector: Any, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for layer in (projector.linear_1, projector.linear_2):
         # As transformers has it: SigLIP's features are not normalised, so a wider start enters far above the words.
         nn.init.normal_(layer.weight, std=0.02, generator=generator)
         nn.init.zeros_(layer.bias)
-    model.tie_weights()
-    return model
+    if isinstance(projector, Ldpv2Projector):
+        # As torch starts a convolution, and with it MobileVLM V2's public code: uniform within 1/√fan-in.
+        bound = projector.peg.weight[0].numel() ** -0.5
+        for parameter in projector.peg.parameters():
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
 
 def parts(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]:
@@ -174,6 +222,12 @@ def _config(source: str | Path) -> Any:
 def _encoder(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     config = _config(source)
     vision = getattr(config, "vision_config", config)  # a whole SigLIP or CLIP has both towers
+    if vision.model_type == "siglip2_vision_model":
+        raise ModelError(
+            f"{source}: encoder type is {vision.model_type!r}, a SigLIP 2 for pictures of any shape (NaFlex), expected "
+            "one of fixed resolution, whose tokens are a square grid; take the variant with a resolution in its name, "
+            "such as google/siglip2-so400m-patch14-384"
+        )
     if vision.model_type not in ENCODERS:
         raise ModelError(f"{source}: encoder type is {vision.model_type!r}; supported are {', '.join(ENCODERS)}")
     if vision.model_type == "siglip_vision_model":
@@ -181,22 +235,30 @@ def _encoder(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModel.from_pretrained(source, config=vision, dtype=dtype)  # type: ignore[no-any-return]
 
 
-def _tokens_per_picture(config: LlavaConfig) -> int:
-    vision: Any = config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    class_tokens = 1 if vision.model_type == "clip_vision_model" else 0
-    return int(patches + class_tokens - (config.vision_feature_select_strategy == "default"))
+def _tokenizer(language_model: str | Path) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(language_model)
+    if tokenizer.chat_template is None:
+        raise ModelError(f"{language_model}: its tokenizer has no chat template; use an instruct model")
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    if END_OF_TURN in tokenizer.get_vocab():
+        tokenizer.eos_token = END_OF_TURN
+    return tokenizer
 
 
 def _processor(encoder: str | Path, tokenizer: PreTrainedTokenizerBase, config: LlavaConfig) -> LlavaProcessor:
     vision: Any = config.vision_config
+    drops_one = config.vision_feature_select_strategy == "default"
+    patches = (vision.image_size // vision.patch_size) ** 2
     # The PIL processors need no torchvision and are what the exported preprocessing is compared with.
     return LlavaProcessor(
         image_processor=AutoImageProcessor.from_pretrained(encoder, backend="pil"),
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1 if vision.model_type == "clip_vision_model" else 0,
+        # The processor counts patches, less one under "default". This is the difference to what the model gives: a
+        # class token, or, below zero, the tokens that ldpv2 pools away.
+        num_additional_image_tokens=tokens_per_picture(config) - (patches - drops_one),
         image_token=IMAGE_TOKEN,
         chat_template=tokenizer.chat_template,
     )

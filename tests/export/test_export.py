@@ -81,6 +81,12 @@ def test_files_for_transformers_js(tiny_bundle: Path) -> None:
     processor = json.loads((tiny_bundle / "preprocessor_config.json").read_text())
     assert processor["processor_class"] == "LlavaProcessor"
     assert processor["image_processor_type"] == "SiglipImageProcessor"
+    counting = json.loads((tiny_bundle / "processor_config.json").read_text())
+    assert (counting["patch_size"], counting["num_additional_image_tokens"], counting["image_token"]) == (
+        6,
+        0,
+        "<image>",
+    )
 
 
 def test_graphs_are_small_and_say_nothing_of_this_machine(tiny_bundle: Path) -> None:

@@ -18,7 +18,7 @@ TORCH_AND_KIN = ("torch", "transformers", "accelerate", "deepspeed", "onnx", "on
 
 # room -> the modules of other rooms that it may import; a name allows what lies below it only where it ends in ".*"
 OPEN_DOORS: dict[str, tuple[str, ...]] = {
-    "training": ("switchkd.export.pixels", "switchkd.export.prompt"),
+    "training": ("switchkd.export.pixels", "switchkd.export.projectors", "switchkd.export.prompt"),
     "export": (),
     "serve": SHARED,
     "demo": ("switchkd.serve",),

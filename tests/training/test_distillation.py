@@ -160,6 +160,49 @@ def test_a_teacher_is_kept_only_if_it_is_needed_and_demanded_if_it_is(llava: Mak
     torch.testing.assert_close(loss, student(**batch(0, MIXED)).loss.double(), rtol=1e-6, atol=0)
 
 
+def plain_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits [N, V] at the supervised positions, by plain transformers."""
+    supervised_BT = inputs["labels"][:, 1:] != -100
+    logits: Tensor = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+    return logits[:, :-1][supervised_BT]
+
+
+@pytest.mark.parametrize("pictures", [[1, 1], [2, 0, 1]], ids=str)
+def test_unequal_visual_tokens_are_aligned_at_the_supervised_ones(
+    llava: Make, batch: Make, pictures: list[int]
+) -> None:
+    """The teacher sees 9 visual tokens a picture where the student has 4; the text of both is the same."""
+    student, teacher = llava(0), llava(1, patch=4)
+    module = Distillation(student, teacher, build_objective("kd", lambda_ce=0.0))
+    ours, theirs = batch(0, pictures, length=14), batch(0, pictures, length=24, visual_tokens=9)
+    for row, count in enumerate(pictures):
+        text, tail = ours["input_ids"][row, 4 * count + 1 :], 9 * count + 1
+        for name in ("input_ids", "attention_mask", "labels"):
+            theirs[name][row] = {"input_ids": 5, "attention_mask": 0, "labels": -100}[name]
+            theirs[name][row, :tail] = ours[name][row, 0] if name != "input_ids" else theirs[name][row, :tail]
+            theirs[name][row, tail : tail + len(text)] = ours[name][row, 4 * count + 1 :]
+        theirs["input_ids"][row, 0] = ours["input_ids"][row, 0]
+        theirs["input_ids"][row, 1:tail] = 4
+    theirs["pixel_values"] = ours["pixel_values"]
+    p, q = plain_logits(teacher, theirs).softmax(1), plain_logits(student, ours).softmax(1)
+    torch.testing.assert_close(module(**ours)["loss"], (p * (p / q).log()).sum(1).mean(), rtol=1e-5, atol=0)
+
+
+def test_an_adapter_bridges_encoders_of_other_widths_and_learns(llava: Make, batch: Make) -> None:
+    student, teacher = llava(0), llava(1, encoder_width=24)
+    settings = {"encoder_adapter": True, "lambda_ce": 0.0, "lambda_dbild": 0.0}
+    module = Distillation(student, teacher, build_objective("switch_kd", **settings)).train()
+    adapter = module.adapters["encoder"]
+    inputs = batch(0, [1, 1])
+    module(**inputs)["loss"].backward()
+    assert {part(name) for name, p in student.named_parameters() if p.grad is not None and p.grad.any()} == {
+        "vision_tower"
+    }
+    assert all(p.grad is not None and p.grad.any() for p in adapter.parameters())
+    assert set(module.state_dict()) > {"adapters.encoder.weight", "adapters.encoder.bias"}
+    assert not Distillation(student, llava(1), build_objective("switch_kd", encoder_adapter=True)).adapters
+
+
 def test_accumulating_rows_equals_one_batch(llava: Make, batch: Make) -> None:
     module, inputs = distillation(llava), batch(0, MIXED)
     items = (inputs["labels"][:, 1:] != -100).sum()

@@ -1,5 +1,6 @@
 """Recipes: read, overridden, checked; every shipped one is complete, and table 2 of the paper is in it."""
 
+import dataclasses
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ SHIPPED = sorted(
     for path in RECIPES.rglob("*.yaml")
     if path.parent.name != "deepspeed" and path.stem != "encoder"
 )
+
+PIECES = {"encoder": "x", "language_model": "y"}
 
 
 def plain() -> dict[str, Any]:
@@ -41,8 +44,6 @@ def test_shipped_recipes_are_complete(name: str, tmp_path: Path) -> None:
 
 
 def _with(stage: Any, training: dict[str, Any]) -> Any:
-    import dataclasses
-
     return dataclasses.replace(stage, training=training)
 
 
@@ -72,8 +73,30 @@ def test_arms_of_the_comparison_differ_in_objective_and_teacher_alone() -> None:
     assert (sft.stages[1].objective["name"], kd.stages[1].objective["name"]) == ("sft", "switch_kd")
 
 
-def test_yaml_comes_back_as_it_went() -> None:
-    recipe = load_recipe("world/student_switch_kd")
+def test_edge_student_differs_from_the_papers_in_its_projector_alone() -> None:
+    edge, paper = (load_recipe(f"paper/qwen2.5-0.5b-{name}") for name in ("ldpv2-edge", "switch-kd"))
+    assert dataclasses.replace(edge.model, projector="mlp") == paper.model
+    assert (edge.model.projector, edge.model.projector_grid) == ("ldpv2", 12)
+    assert (edge.stages, edge.teacher, edge.seed) == (paper.stages, paper.teacher, paper.seed)
+
+
+def test_max_steps_reach_every_stage_of_a_copy() -> None:
+    recipe = load_recipe("world/student_sft")
+    before = recipe.to_dict()
+    short = recipe.with_max_steps(3)
+    assert len(short.stages) == len(recipe.stages) == 2
+    for stage, whole in zip(short.stages, recipe.stages, strict=True):
+        assert stage.training == whole.training | {"max_steps": 3}
+        assert dataclasses.replace(stage, training=whole.training) == whole
+    assert dataclasses.replace(short, stages=recipe.stages) == recipe
+    assert recipe.to_dict() == before
+    with pytest.raises(RecipeError, match="max_steps is 0, expected 1 or more"):
+        recipe.with_max_steps(0)
+
+
+@pytest.mark.parametrize("name", ["world/student_switch_kd", "paper/qwen2.5-0.5b-ldpv2-edge"])
+def test_yaml_comes_back_as_it_went(name: str) -> None:
+    recipe = load_recipe(name)
     assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
@@ -94,6 +117,12 @@ def test_overrides_reach_stages_by_name_and_root_fills_every_path(tmp_path: Path
         ({"teachr": "x"}, "unknown key 'teachr'; did you mean 'teacher'"),
         ({"model": {"encoder": "x"}}, "either a checkpoint, or an encoder and a language model"),
         ({"model": {"chekpoint": "x"}}, "model: unknown key 'chekpoint'; did you mean 'checkpoint'"),
+        ({"model": PIECES | {"projektor": "ldpv2"}}, "model: unknown key 'projektor'; did you mean 'projector'"),
+        ({"model": PIECES | {"projector": "ldp2"}}, "unknown projector 'ldp2'; did you mean 'ldpv2'"),
+        ({"model": PIECES | {"projector": "qformer"}}, "unknown projector 'qformer'; known projectors: mlp, ldpv2"),
+        ({"model": PIECES | {"projector_grid": 0}}, "projector_grid is 0, expected 1 or more"),
+        ({"model": PIECES | {"projector_grid": "12x12"}}, "projector_grid is '12x12', expected 1 or more"),
+        ({"model": {"checkpoint": "x", "projector": "ldpv2"}}, "checkpoint 'x', which brings a projector of its own"),
         ({"stages": []}, "at least one"),
         ({"stages": [{"name": "pt"}]}, "stages\\[0\\].data: expected keys"),
         ({"output": None, "stages": [{"name": "pt", "data": {"records": "a"}}]}, "missing train, objective"),

@@ -119,11 +119,19 @@ def test_finished_stages_are_reused_and_changed_ones_are_not(
     assert capsys.readouterr().err.count("already finished") == 1
 
 
+@pytest.mark.parametrize("objective", ["switch_kd", "align_kd"])  # the second trains adapters of its own
 def test_killed_at_any_time_it_ends_in_the_same_weights(
-    trained: Path, tiny_checkpoint: Path, world: Path, tmp_path: Path
+    objective: str, trained: Path, tiny_checkpoint: Path, world: Path, tmp_path: Path
 ) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", tiny_checkpoint, world, tmp_path / "out")
-    command = [sys.executable, "-m", "switchkd.cli.main", "train", str(recipe)]
+    chosen = [f"stages.dft.objective.name={objective}"]
+    if objective != "switch_kd":
+        shutil.copytree(trained / "out" / "pt", tmp_path / "out" / "pt")
+        trained = tmp_path / "straight"
+        shutil.copytree(tmp_path / "out", trained / "out")
+        assert main(["train", str(recipe), f"output={trained / 'out'}", *chosen]) == 0
+        assert not (trained / "out" / "dft" / "adapters.safetensors").exists()
+    command = [sys.executable, "-m", "switchkd.cli.main", "train", str(recipe), *chosen]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = tmp_path / "out" / ".dft.checkpoints"
     deadline = time.monotonic() + 240
@@ -138,7 +146,7 @@ def test_killed_at_any_time_it_ends_in_the_same_weights(
     (checkpoints / "checkpoint-5" / "trainer_state.json").write_text("{")
     (checkpoints / "checkpoint-5" / "model.safetensors").unlink()
     assert not (tmp_path / "out" / "dft").exists()
-    assert main(["train", str(recipe)]) == 0
+    assert main(["train", str(recipe), *chosen]) == 0
     resumed, straight = (load_file(path / "out" / "dft" / "model.safetensors") for path in (tmp_path, trained))
     assert resumed.keys() == straight.keys()
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)

@@ -8,12 +8,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from switchkd.export.projectors import tokens_per_picture
 from switchkd.training.switch import (
     check_pair,
     check_tokenizers,
     last_hidden,
     switch_hidden,
-    tokens_per_picture,
     visual_features,
     visual_tokens,
 )
@@ -32,11 +32,11 @@ MODELS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", MODELS, ids=str)
 def test_pathway_in_parts_equals_transformers(settings: dict[str, Any], llava: Make, batch: Make) -> None:
     model = llava(0, **settings).eval()
-    assert tokens_per_picture(model) == (5 if settings == {"encoder": "clip"} else 4)
-    inputs = batch(0, [1, 0, 2], visual_tokens=tokens_per_picture(model))
+    assert tokens_per_picture(model.config) == (5 if settings == {"encoder": "clip"} else 4)
+    inputs = batch(0, [1, 0, 2], visual_tokens=tokens_per_picture(model.config))
     del inputs["labels"]
     tokens_PLD = visual_tokens(model, visual_features(model, inputs["pixel_values"]))
-    assert tokens_PLD.shape[1] == tokens_per_picture(model)
+    assert tokens_PLD.shape[1] == tokens_per_picture(model.config)
     logits = model.lm_head(last_hidden(model, inputs["input_ids"], inputs["attention_mask"], tokens_PLD))
     torch.testing.assert_close(logits, model(**inputs).logits)
 
@@ -60,9 +60,9 @@ def test_a_fitting_pair_passes(llava: Make) -> None:
     [
         ({"image_token": 5}, "image token is 4, the teacher's 5"),
         ({"image_size": 18}, "pictures of 12 pixels, the teacher of 18"),
-        ({"patch": 4}, "puts 4 visual tokens.*the teacher 9"),
-        ({"encoder": "clip"}, "puts 4 visual tokens.*the teacher 5"),
-        ({"encoder_width": 24}, "features of width 16, the teacher's projector takes 24"),
+        ({"patch": 4}, "gives 4 features a picture, the teacher's projector takes 9"),
+        ({"encoder": "clip"}, "gives 4 features a picture, the teacher's projector takes 5"),
+        ({"encoder_width": 24}, "features of width 16, the teacher's projector takes 24.*encoder_adapter: true"),
     ],
 )
 def test_a_pair_that_does_not_fit_is_refused_with_both_values(llava: Make, teacher: dict[str, Any], words: str) -> None:
@@ -70,8 +70,15 @@ def test_a_pair_that_does_not_fit_is_refused_with_both_values(llava: Make, teach
         check_pair(llava(0), llava(1, **teacher))
 
 
-def test_encoder_widths_matter_to_the_switch_alone(llava: Make) -> None:
+def test_the_encoders_matter_to_the_switch_alone(llava: Make) -> None:
     check_pair(llava(0), llava(1, encoder_width=24), switch=False)
+    check_pair(llava(0), llava(1, encoder_width=24), adapter=True)
+    check_pair(llava(0), llava(1, patch=4), switch=False)
+
+
+def test_visual_tokens_compared_one_by_one_must_be_as_many(llava: Make) -> None:
+    with pytest.raises(ValueError, match=r"puts 4 visual tokens.*the teacher 9.*one by one"):
+        check_pair(llava(0), llava(1, patch=4), switch=False, same_tokens=True)
 
 
 def test_an_image_token_outside_one_vocabulary_is_refused(llava: Make) -> None:

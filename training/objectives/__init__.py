@@ -4,18 +4,31 @@ import dataclasses
 import difflib
 from typing import Any
 
+from .align_kd import AlignKd
 from .bild import Bild
 from .kd import Kd
-from .objective import Objective, Positions, Terms
+from .llava_kd import LlavaKd
+from .objective import Objective, Pictures, PictureView, Positions, Terms, Widths
 from .sft import Sft
 from .switch_kd import SwitchKd
 
-__all__ = ["OBJECTIVES", "Objective", "Positions", "Terms", "build_objective"]
+__all__ = [
+    "OBJECTIVES",
+    "Objective",
+    "PictureView",
+    "Pictures",
+    "Positions",
+    "Terms",
+    "Widths",
+    "build_objective",
+]
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "sft": Sft,
     "kd": Kd,
     "bild": Bild,
+    "llava_kd": LlavaKd,
+    "align_kd": AlignKd,
     "switch_kd": SwitchKd,
 }
 

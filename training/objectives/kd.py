@@ -38,14 +38,16 @@ class Kd(Objective):
         """Return "loss" and the unweighted sums "ce" and "kd"."""
         assert positions.teacher_NV is not None
         teacher_NV, student_NV = shared_prefix(positions.teacher_NV, positions.student_NV)
-        kd = self._summed_kl(accumulable(teacher_NV), accumulable(student_NV))
+        kl_N = kl_per_position(accumulable(teacher_NV), accumulable(student_NV), self.temperature, self.direction)
+        kd = kl_N.sum() * (self.temperature**2 if self.tau_squared else 1)
         ce = summed_cross_entropy(positions, 1.0)
         return {"loss": self.lambda_ce * ce + self.lambda_kd * kd, "ce": ce.detach(), "kd": kd.detach()}
 
-    def _summed_kl(self, teacher_NV: Tensor, student_NV: Tensor) -> Tensor:
-        log_p_NV, log_q_NV = ((z_NV / self.temperature).log_softmax(1) for z_NV in (teacher_NV, student_NV))
-        if self.direction == "reverse":
-            log_p_NV, log_q_NV = log_q_NV, log_p_NV
-        # torch's kl_div(input, target) is KL(target ‖ input).
-        kl = kl_div(log_q_NV, log_p_NV, log_target=True, reduction="sum")
-        return kl * self.temperature**2 if self.tau_squared else kl
+
+def kl_per_position(teacher_NV: Tensor, student_NV: Tensor, temperature: float, direction: Direction) -> Tensor:
+    """Return [N]: KL(teacher ‖ student) of softmax(z/τ) for `forward`, KL(student ‖ teacher) for `reverse`."""
+    log_p_NV, log_q_NV = ((z_NV / temperature).log_softmax(1) for z_NV in (teacher_NV, student_NV))
+    if direction == "reverse":
+        log_p_NV, log_q_NV = log_q_NV, log_p_NV
+    # torch's kl_div(input, target) is KL(target ‖ input).
+    return kl_div(log_q_NV, log_p_NV, log_target=True, reduction="none").sum(1)

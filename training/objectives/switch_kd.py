@@ -6,10 +6,10 @@ Source: Switch-KD (arXiv 2604.14629), algorithm 1. What its public text leaves o
 import sys
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..dbild import DbildRows, Direction, Leaders, LedBy, check_settings, dbild, rank
-from .objective import Objective, Positions, Terms
+from .objective import Objective, Positions, Terms, Widths
 from .sft import check_ce_temperature, check_weight, summed_cross_entropy
 
 
@@ -19,6 +19,8 @@ class SwitchKd(Objective):
 
     `temperature`, `window`, `min_k`, `max_k`, `direction` and `led_by` are those of `dbild`. `vocabulary` compares only
     the first so many tokens (None: all that both models have). `tau_squared` multiplies DBiLD by temperature².
+    `encoder_adapter` puts a trained linear layer between the student's encoder and the teacher's projector where their
+    widths differ; without it such a pair is refused. The paper has none: its encoders are of one width.
     """
 
     lambda_ce: float = 1.0
@@ -33,6 +35,7 @@ class SwitchKd(Objective):
     led_by: LedBy = "both"
     vocabulary: int | None = None
     ce_temperature: float = 1.0
+    encoder_adapter: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self.temperature, self.window, self.min_k, self.max_k, self.direction, self.led_by)
@@ -51,6 +54,16 @@ class SwitchKd(Objective):
     def needs_switch(self) -> bool:
         """Whether the switch pathway has to be run at all."""
         return self.lambda_vsd > 0
+
+    def make_adapters(self, student: Widths, teacher: Widths) -> dict[str, nn.Module]:
+        """Return `encoder`, from the student's encoder width to the teacher's, if asked for and if they differ."""
+        if not (self.needs_switch and self.encoder_adapter) or student.encoder == teacher.encoder:
+            return {}
+        adapter = nn.Linear(student.encoder, teacher.encoder)
+        # Keeps lengths and angles as far as the widths allow: the teacher's projector is used to features of that size.
+        nn.init.orthogonal_(adapter.weight)
+        nn.init.zeros_(adapter.bias)
+        return {"encoder": adapter}
 
     def __call__(self, positions: Positions) -> Terms:
         """Return "loss" and the unweighted sums "ce", "dbild", "vsd", "k_teacher", "k_student"."""
