@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from switchkd.training.world.scoring import Score, score
 
 TIMED_ANSWERS = 40
-MAX_NEW_TOKENS = 12
+MAX_NEW_TOKENS = 32
 Records = Sequence[dict[str, Any]]
 
 

@@ -95,12 +95,25 @@ def test_pictures_show_their_things() -> None:
 
 def test_answers_are_true() -> None:
     place = scene(("red circle", 0), ("blue circle", 1), ("blue 7", 8))
-    captions = {caption(place, random.Random(seed)) for seed in range(50)}
-    assert "a red circle at the top left, a blue circle at the top, a blue 7 at the bottom right." in captions
-    assert "at the bottom right a blue 7, at the top left a red circle, at the top a blue circle." in captions
+    described = [caption(place, random.Random(seed)) for seed in range(200)]
+    captions = {text for text in described if text[0] == "Describe the picture."}
+    assert (
+        "Describe the picture.",
+        "A red circle is in the northwest, a blue circle is in the north, a blue 7 is in the southeast.",
+    ) in captions
+    assert (
+        "Describe the picture.",
+        "In the southeast is a blue 7, in the northwest is a red circle, in the north is a blue circle.",
+    ) in captions
     assert len(captions) == 12  # six orders, two forms
+    facts = [fact for request, text in described if request == "List facts." for fact in text.split(", ")]
+    assert {"northwest red", "blue north", "circle red", "7 southeast", "southeast 7", "blue 7"} < set(facts)
+    assert len(set(facts)) == 3 * 6  # six of each thing, all of them true
     assert with_article("orange 8") == "an orange 8"
-    assert answers("attribute", place) == {"What colour is the 7?": "blue", "What shape is the red thing?": "circle"}
+    assert answers("attribute", place) == {
+        "What colour is the 7?": "The 7 is blue.",
+        "What shape is the red thing?": "The red thing is a circle.",
+    }
     counts = answers("counting", place)
     assert counts["How many blue things are there?"] == "2"
     assert counts["How many circles are there?"] == "2"
@@ -114,23 +127,30 @@ def test_answers_are_true() -> None:
     assert {exists[f"Is there a {name}?"] for name in ("red 7", "cross", "green thing")} == {"no"}
     assert "Is there a red cross?" not in exists  # absent pairs are near misses: a colour and a shape of the scene
     where = answers("position", scene(("red circle", 0), ("blue square", 1), ("blue 7", 8)))
-    assert where["Where is the 7?"] == "bottom right"
-    assert where["Where is the red thing?"] == "top left"
+    assert where["Where is the 7?"] == "The 7 is in the southeast."
+    assert where["Where is the red thing?"] == "The red thing is in the northwest."
     assert "Where is the blue thing?" not in where  # there are two
-    assert where["Is the circle left of the square?"] == "yes"
-    assert where["Is the circle right of the square?"] == "no"
-    assert where["Is the 7 below the circle?"] == "yes"
-    assert where["Is the 7 above the circle?"] == "no"
+    side_by_side = "The circle is in the northwest, the square is in the north"
+    assert where["Is the circle left of the square?"] == f"{side_by_side}: yes."
+    assert where["Is the circle right of the square?"] == f"{side_by_side}: no."
+    across = "The 7 is in the southeast, the circle is in the northwest"
+    assert where["Is the 7 below the circle?"] == f"{across}: yes."
+    assert where["Is the 7 above the circle?"] == f"{across}: no."
     assert "Is the circle above the square?" not in where  # side by side: neither
     reading = answers("reading", place)
-    assert reading == {"What digit is at the bottom right?": "7", "What digit is blue?": "7", "Read the digits.": "7"}
-    assert answers("region", place)["What is in the region [0.04, 0.04, 0.26, 0.26]?"] == "red circle"
+    assert reading == {
+        "What digit is in the southeast?": "The digit in the southeast is 7.",
+        "What digit is blue?": "The blue digit is 7.",
+        "Read the digits.": "7",
+    }
+    boxes = answers("region", place)
+    assert boxes["What is in the region [0.04, 0.04, 0.26, 0.26]?"] == "In the northwest is a red circle."
     talk = answers("conversation", place)
-    assert talk["What is at the top left? | And what is to the right of it?"] == "blue circle"
-    assert talk["What is at the top left? | And what is below it?"] == "nothing"
-    assert talk["What is at the centre? | And what is to the left of it?"] == "nothing"
-    assert talk["What is at the top left? | Is there another thing of the same colour?"] == "no"
-    assert talk["What is at the top? | Is there another thing of the same colour?"] == "yes"
+    assert talk["What is in the northwest? | And what is to the right of it?"] == "In the north is a blue circle."
+    assert talk["What is in the northwest? | And what is below it?"] == "In the west is nothing."
+    assert talk["What is in the centre? | And what is to the left of it?"] == "In the west is nothing."
+    assert talk["What is in the northwest? | Is there another thing of the same colour?"] == "no"
+    assert talk["What is in the north? | Is there another thing of the same colour?"] == "yes"
 
 
 def test_yes_and_no_are_balanced_and_no_answer_dominates(world: Path) -> None:
@@ -138,10 +158,10 @@ def test_yes_and_no_are_balanced_and_no_answer_dominates(world: Path) -> None:
     assert Counter(row["kind"] for row in records) == dict.fromkeys(KINDS, 200)
     by_template: dict[str, Counter[str]] = {}
     for row in records:
-        by_template.setdefault(row["template"], Counter())[row["conversations"][-1]["value"]] += 1
+        by_template.setdefault(row["template"], Counter())[row["fact"]] += 1
     for template in ("colour exists", "shape exists", "pair exists", "relation", "same colour"):
         counts = by_template[template]
-        assert abs(counts["yes"] - counts["no"]) <= 2, template
+        assert abs(counts["yes"] - counts["no"]) <= 0.06 * counts.total(), template
     assert all(prior <= 0.5 + 0.02 for prior in prior_by_kind(records).values())
 
 
@@ -174,7 +194,7 @@ def test_tokenizer_has_the_chat_tokens_and_reads_any_text() -> None:
 
 def test_scores_by_kind_and_above_the_prior() -> None:
     rows = [
-        {"kind": kind, "template": kind, "conversations": [{"value": "?"}, {"value": value}]}
+        {"kind": kind, "template": kind, "fact": value, "conversations": [{"value": "?"}, {"value": value}]}
         for kind, value in (("a", "yes"), ("a", "no"), ("b", "red circle"), ("b", "red circle"), ("b", "blue 7"))
     ]
     result = score(["Yes.", "yes", "a red circle", "Red  circle", "blue"], rows)

@@ -4,7 +4,7 @@ FOLDER/
   pictures/{train,validation,test}/000000.png
   captions.json      one dense caption a training picture (PT)
   train.json         several questions a training picture, plus text-only samples (SFT, DFT)
-  validation.json, test.json   one question a record, with its kind and template
+  validation.json, test.json   one question a record, with its kind, template and the fact asked for
   regions.json       what is where in each training picture (encoder pretraining)
   world.json         the settings that made it; written last, so its presence means complete
 """
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .questions import CAPTION_REQUEST, KINDS, Balancer, Question, caption, text_only
+from .questions import KINDS, Balancer, Question, caption, text_only
 from .scenes import SPLITS, Scene, draw, random_scene
 
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 MARKER = "world.json"
 
 
@@ -35,7 +35,7 @@ class WorldSettings:
     test_questions: int = 3_500
     questions_per_picture: int = 6
     text_share: float = 0.02
-    caption_share: float = 0.2
+    caption_share: float = 0.3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,12 +89,12 @@ def _write_train(folder: Path, settings: WorldSettings, advance: Callable[[], ob
         scene = next(scenes)
         image = f"train/{number:06d}.png"
         draw(scene).save(folder / "pictures" / image, compress_level=1)
-        text = caption(scene, rng)
-        captions.append(_record(f"caption-{number:06d}", image, [(CAPTION_REQUEST, text)]))
+        described = caption(scene, rng)
+        captions.append(_record(f"caption-{number:06d}", image, [described]))
         turns = _turns(scene, rng, balancers, settings)
         # A scene of look-alikes may allow none of the questions drawn for it: it is described then.
         if rng.random() < settings.caption_share or not turns:
-            turns.append((CAPTION_REQUEST, text))
+            turns.append(described)
         train.append(_record(f"train-{number:06d}", image, turns))
         regions.append({"image": image, "things": [_region(scene, cell) for cell in range(9)]})
         if rng.random() < settings.text_share:
@@ -141,7 +141,7 @@ def _write_questions(folder: Path, split: str, count: int, seed: int, advance: C
             used = True
             remaining[kind] -= 1
             record = _record(f"{split}-{number:06d}-{kind}", image, list(question.turns))
-            records.append(record | {"kind": kind, "template": question.template})
+            records.append(record | {"kind": kind, "template": question.template, "fact": question.fact})
         if used:
             draw(scene).save(folder / "pictures" / image, compress_level=1)
             advance()

@@ -3,7 +3,7 @@
 The paper starts from SigLIP so400m, which nobody can fetch here; this is its toy stand-in. A pooled
 contrastive loss alone leaves a small encoder with no binding of things to places, so each patch feature
 of the layer that LLaVA reads (the last but one) is contrasted with the phrases of all regions: "red
-circle at the top left" must be nearer to the patches of that cell than any other phrase of the world.
+circle in the north" must be nearer to the patches of that cell than any other phrase of the world.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def encoder_config() -> SiglipVisionConfig:
 def region_phrases() -> list[str]:
     """Every phrase a region can have, by `phrase_index`."""
     things = ["nothing", *(f"{colour} {name}" for colour in COLOURS for name in NAMES)]
-    return [f"{thing} at the {position}" for position in POSITIONS for thing in things]
+    return [f"{thing} in the {position}" for position in POSITIONS for thing in things]
 
 
 def phrase_index(cell: int, colour: str | None, shape: str | None) -> int:

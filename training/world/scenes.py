@@ -26,20 +26,21 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (140, 60, 180),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
+# One word, and so one token, each: "top left" and "top" would be told apart only by what follows.
 POSITIONS = (
-    "top left",
-    "top",
-    "top right",
-    "left",
+    "northwest",
+    "north",
+    "northeast",
+    "west",
     "centre",
-    "right",
-    "bottom left",
-    "bottom",
-    "bottom right",
+    "east",
+    "southwest",
+    "south",
+    "southeast",
 )
 SPLITS = ("train", "validation", "test")
 # 1,797 digit images in all; the first two shares are train and validation, the rest is test.
-DIGIT_SHARES = {"train": (0, 1200), "validation": (1200, 1400), "test": (1400, 1797)}
+DIGIT_SHARES = {"train": (0, 1300), "validation": (1300, 1400), "test": (1400, 1797)}
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Thing:
     top: int
     shade: tuple[int, int, int]
     digit_image: int = -1  # index into the bundled digits, -1 for a shape
+    tilt: float = 0.0  # degrees, anticlockwise
+    slimness: float = 1.0  # width of a digit over its usual width
 
     @property
     def is_digit(self) -> bool:
@@ -67,7 +70,7 @@ class Thing:
 
     @property
     def position(self) -> str:
-        """The cell's name, such as `top left`."""
+        """The cell's name, such as `northwest`."""
         return POSITIONS[self.cell]
 
     @property
@@ -117,11 +120,13 @@ def _random_thing(rng: random.Random, split: str, cell: int, colour: str, shapes
     left = column * CELL_SIDE + rng.randint(1, CELL_SIDE - side - 1)
     top = row * CELL_SIDE + rng.randint(1, CELL_SIDE - side - 1)
     shade = tuple(max(0, min(255, value + rng.randint(-18, 18))) for value in COLOURS[colour])
-    shape, digit_image = rng.choice(shapes), -1
-    if rng.random() < 0.4:
-        digit_image = rng.randrange(*DIGIT_SHARES[split])
-        shape = str(digits()[1][digit_image])
-    return Thing(shape, colour, cell, side, left, top, shade, digit_image)  # type: ignore[arg-type]
+    if rng.random() < 0.6:
+        return Thing(rng.choice(shapes), colour, cell, side, left, top, shade)  # type: ignore[arg-type]
+    digit_image = rng.randrange(*DIGIT_SHARES[split])
+    # There are few digit images: tilted and stretched ones teach reading, where the same few would be learned by heart.
+    tilt, slimness = rng.uniform(-12, 12), rng.uniform(0.75, 1.0)
+    shape = str(digits()[1][digit_image])
+    return Thing(shape, colour, cell, side, left, top, shade, digit_image, tilt, slimness)  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -151,6 +156,14 @@ def _shape_mask(shape: str, side: int) -> Image.Image:
     return mask.resize((side, side), Image.Resampling.LANCZOS)
 
 
+def _digit_mask(thing: Thing) -> Image.Image:
+    width = round(thing.side * thing.slimness)
+    written = Image.fromarray(digits()[0][thing.digit_image]).resize((width, thing.side), Image.Resampling.BICUBIC)
+    mask = Image.new("L", (thing.side, thing.side), 0)
+    mask.paste(written, ((thing.side - width) // 2, 0))
+    return mask.rotate(thing.tilt, Image.Resampling.BICUBIC)
+
+
 def draw(scene: Scene) -> Image.Image:
     """The scene's picture: RGB, PICTURE_SIDE x PICTURE_SIDE pixels, the same bytes every time."""
     noise = np.random.default_rng(scene.noise_seed).integers(-5, 6, (PICTURE_SIDE, PICTURE_SIDE, 1))
@@ -158,9 +171,7 @@ def draw(scene: Scene) -> Image.Image:
     picture = Image.fromarray(canvas)
     for thing in scene.things:
         if thing.is_digit:
-            mask = Image.fromarray(digits()[0][thing.digit_image]).resize(
-                (thing.side, thing.side), Image.Resampling.BICUBIC
-            )
+            mask = _digit_mask(thing)
         else:
             mask = _shape_mask(thing.shape, thing.side)
         picture.paste(thing.shade, (thing.left, thing.top), mask)

@@ -54,12 +54,12 @@ def score(answers: Sequence[str], records: Sequence[dict[str, Any]]) -> Score:
 
 
 def prior_by_kind(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What the best constant answer to each wording reaches on these very records: the most generous blind guess."""
-    answers: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    """What the best constant fact for each wording reaches on these very records: the most generous blind guess."""
+    facts: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for record in records:
-        answers[record["kind"]][record["template"]][normalise(record["conversations"][-1]["value"])] += 1
+        facts[record["kind"]][record["template"]][record["fact"]] += 1
     return {
         kind: sum(max(counts.values()) for counts in templates.values())
         / sum(sum(counts.values()) for counts in templates.values())
-        for kind, templates in answers.items()
+        for kind, templates in facts.items()
     }

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .questions import CAPTION_REQUEST, KINDS, caption, text_only
+from .questions import KINDS, caption, text_only
 from .scenes import random_scene
 
 IMAGE_TOKEN = "<image>"
@@ -62,7 +62,7 @@ def world_texts(rng: random.Random, scenes: int) -> list[str]:
     texts = []
     for _ in range(scenes):
         scene = random_scene(rng, "train")
-        texts += [CAPTION_REQUEST, caption(scene, rng), *text_only(rng).turns[-1]]
+        texts += [*caption(scene, rng), *text_only(rng).turns[-1]]
         for kind in KINDS.values():
             texts += [text for question in list(kind(scene))[:3] for turn in question.turns for text in turn]
     return texts + ["system\nuser\nassistant\n"] * scenes
