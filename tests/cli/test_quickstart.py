@@ -12,6 +12,7 @@ import pytest
 
 from switchkd.cli.main import main
 from switchkd.cli.quickstart_report import write_report
+from switchkd.training.world.bases import STORED, stored_parts
 
 SYSTEMS = {"teacher", "student_sft", "student_switch_kd", "bundle_fp32", "bundle_int8"}
 KINDS = {"attribute", "conversation", "counting", "existence", "position", "reading", "region"}
@@ -83,6 +84,20 @@ def test_seeds_are_reported_with_mean_and_spread(finished: Path, tmp_path: Path)
     }
     text = write_report(tmp_path, report)
     assert "student, SFT: mean 60.0, standard deviation 14.1 over 2 seeds (50.0, 70.0)" in text
+
+
+def test_from_scratch_makes_the_parts_first_and_starts_from_them(tmp_path: Path) -> None:
+    assert main(["quickstart", "--short", "--from-scratch", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["accuracy"]) == SYSTEMS
+    assert report["seconds"]["parts"] > 0
+    for part in STORED:
+        made, used, carried = (
+            (folder / part / "model.safetensors").read_bytes()
+            for folder in (tmp_path / "parts" / "stored", tmp_path, stored_parts())
+        )
+        assert made == used
+        assert made != carried
 
 
 def test_no_seed_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
