@@ -179,26 +179,24 @@ def _check_agreement(works: dict[str, Work], case: Case) -> None:
             )
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Return the records as lines of a Markdown table."""
-    lines = [
-        "| case | mean k | method | ms, median | least – most | × full KL | peak MiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    kl: dict[tuple[Any, ...], float] = {}
+COLUMNS = "case", "mean k", "method", "ms, median", "least – most", "× full KL", "peak MiB"
+HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
+
+
+def lines(records: list[dict[str, Any]]) -> str:
+    """Return one case's records as lines of a Markdown table."""
+    kl = next((each["ms"]["median"] for each in records if each["method"] == METHODS[0] and "ms" in each), None)
+    rows = []
     for record in records:
-        case, cells = record["case"], [record["title"], f"{record['mean_k']:.0f}", record["method"]]
+        cells = [record["title"], f"{record['mean_k']:.0f}", record["method"]]
         if "skipped" in record:
-            lines.append(f"| {' | '.join(cells)} | left out: {record['skipped']} | | | |")
-            continue
-        ms, key = record["ms"], (record["title"], case["logits"])
-        if record["method"] == METHODS[0]:
-            kl[key] = ms["median"]
-        ratio = f"{ms['median'] / kl[key]:.2f}" if key in kl else ""
-        peak = f"{record['above_mib']:.0f}" if "above_mib" in record else ""
-        cells += [f"{ms['median']:.2f}", f"{ms['min']:.2f} – {ms['max']:.2f}", ratio, peak]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            cells += [f"left out: {record['skipped']}", "", "", ""]
+        else:
+            ms, peak = record["ms"], record.get("above_mib")
+            cells += [f"{ms['median']:.2f}", f"{ms['min']:.2f} – {ms['max']:.2f}"]
+            cells += ["" if kl is None else f"{ms['median'] / kl:.2f}", "" if peak is None else f"{peak:.0f}"]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:
@@ -236,14 +234,13 @@ def main(words: list[str] | None = None) -> int:
             shape = positions, args.vocabulary
             cases += [Case(*shape, None if w == "whole" else int(w), logits=args.logits) for w in args.windows]
             cases += [Case(*shape, k, k, gathered, args.logits) for k in args.forced_k for gathered in (False, True)]
-        records = []
-        for done, case in enumerate(cases):
-            if sys.stderr.isatty():
-                print(f"{device.type} {done + 1}/{len(cases)}: {case.title}", file=sys.stderr)
-            records += measure(case, device, args.repeats, not args.no_memory)
         machine = describe_machine(device)
-        print(f"\n{machine}; V = {args.vocabulary:,}, {args.logits} logits, float32, {args.repeats} repeats\n")
-        print(table(records))
+        print(f"\n{machine}; V = {args.vocabulary:,}, {args.logits} logits, float32, {args.repeats} repeats\n\n{HEAD}")
+        records = []
+        for case in cases:
+            measured = measure(case, device, args.repeats, not args.no_memory)
+            print(lines(measured), flush=True)
+            records += measured
         report.append({"machine": machine, "device": device.type, "repeats": args.repeats, "records": records})
     print("\nPeak: above the logits themselves; on a CPU resident memory of a fresh process, on CUDA the allocator's.")
     if args.json:

@@ -60,8 +60,9 @@ def run(args: argparse.Namespace) -> int:
         ssr_mode=False,
         mcp_server=False,
     )
-    print(f"switchkd demo is open at {url} (Ctrl-C stops it)", flush=True)
     try:
+        # Within the try: whoever reads this line may press Ctrl-C at once.
+        print(f"switchkd demo is open at {url} (Ctrl-C stops it)", flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         print("\nstopped")

@@ -23,8 +23,9 @@ Direction = Literal["reverse", "forward"]
 Reduction = Literal["mean", "sum", "none"]
 LedBy = Literal["both", "reference", "candidate"]
 
-# Compared logits worked on together. On a CPU the temporaries then stay in its cache.
-ELEMENTS_AT_ONCE = {"cpu": 2**18, "other": 2**26}
+# Compared logits worked on together. On a CPU the temporaries then stay in its cache, and each of the many small steps
+# on one thread: torch shares out from 32,768 elements, and waiting for the other threads takes longer than these steps.
+ELEMENTS_AT_ONCE = {"cpu": 2**15, "other": 2**26}
 
 
 @dataclass(frozen=True)

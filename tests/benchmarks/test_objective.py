@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_left_out_with_the_reason(monkeypatch: pytest.Monke
     monkeypatch.setattr(objective, "memory_at_hand", lambda _: 2**24)
     records = objective.measure(case, device, repeats=1, memory=False)
     assert [each["method"] for each in records if "skipped" in each] == ["explicit pairs"]
-    assert "left out: needs about" in objective.table(records)
+    assert "left out: needs about" in objective.lines(records)
 
 
 def test_step_measures_both_and_they_agree(tmp_path: Path) -> None:
