@@ -96,7 +96,7 @@ $(INSTALLED_DEV): $(INSTALLED)
 
 clean: ## Remove builds and caches
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
-	find cli demo export serve training recipes tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find benchmarks cli demo export serve training recipes tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-all: clean ## Remove .venv and runs/ too
 	rm -rf .venv runs
