@@ -101,17 +101,21 @@ def _peak_of_this_process(
 
 
 def _resident_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    if (size := _bytes_in("/proc/self/status", field)) is None:
+        raise ValueError(f"/proc/self/status has no {field}; on this system memory cannot be measured, use --no-memory")
+    return size
+
+
+def _bytes_in(table: str, field: str) -> int | None:
+    """Return the size that a line of /proc such as `VmRSS:  1024 kB` gives; None where there is no such line."""
+    for line in Path(table).read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/self/status has no {field}; on this system memory cannot be measured, use --no-memory")
+    return None
 
 
 def memory_at_hand(device: torch.device) -> int:
     """Return the bytes that a case may take."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _bytes_in("/proc/meminfo", "MemAvailable") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-IGNORED = -100
+from .conversations import IGNORED
 
 
 def respell(

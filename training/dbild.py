@@ -112,13 +112,11 @@ def dbild(
     loss = loss_N if reduction == "none" else loss_N.sum() / (max(len(loss_N), 1) if reduction == "mean" else 1)
     if not return_rows:
         return loss
-    nothing_N, no_k_N = torch.zeros_like(loss_N), torch.zeros_like(loss_N, dtype=torch.long)
-    halves = {"reference": (nothing_N, no_k_N), "candidate": (nothing_N, no_k_N)}
-    sides = ("reference", "candidate") if led_by == "both" else (led_by,)
-    halves |= {side: (loss_NL[:, i].detach(), leaders[i].k_N) for i, side in enumerate(sides)}
-    return loss, DbildRows(
-        halves["reference"][0], halves["candidate"][0], halves["reference"][1], halves["candidate"][1]
-    )
+    halves = [(loss_NL[:, i].detach(), each.k_N) for i, each in enumerate(leaders)]
+    not_asked = torch.zeros_like(halves[0][0]), torch.zeros_like(halves[0][1])
+    by_reference = not_asked if led_by == "candidate" else halves[0]
+    by_candidate = not_asked if led_by == "reference" else halves[-1]
+    return loss, DbildRows(by_reference[0], by_candidate[0], by_reference[1], by_candidate[1])
 
 
 def check_settings(

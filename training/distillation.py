@@ -20,7 +20,7 @@ from switchkd.export.projectors import tokens_per_picture
 
 from .alignment import at_supervised, respell, supervised
 from .objectives import Objective, Positions, Terms, Widths
-from .picture_views import first_attention, lay_out, picture_view, pictures, visual_hidden
+from .picture_views import first_attention, lay_out, picture_view, pictures
 from .switch import (
     check_pair,
     embed,
@@ -180,7 +180,7 @@ class Distillation(nn.Module):
         sums: Terms = {}
         if objective.needs_visual_logits:
             weight_N = (layout.weight_P / tokens).repeat_interleave(tokens)
-            ours_ND, theirs_ND = (visual_hidden(pathway.hidden_BTD, layout) for pathway in (student, teacher))
+            ours_ND, theirs_ND = (pathway.hidden_BTD[layout.image_BT] for pathway in (student, teacher))
             sums = self._in_chunks(self._at_visual_positions, ours_ND, theirs_ND, weight_N)
         if objective.needs_pictures:
             views = (

@@ -1,16 +1,13 @@
 """The leading tokens of each position on a CPU: what `knee` does to every logit, through numpy.
 
 numpy's sorts, comparisons and counts use the whole vector unit, where torch's take three to ten times as long on a CPU.
-They let go of the interpreter's lock, so rows are shared out among threads, in slices that fit a thread's cache.
+Rows are taken in slices that fit its cache; sharing the slices out among threads gained nothing.
 
 Shapes: N positions (rows) or those of one slice, V vocabulary, K the widest row's number of leading tokens,
 S survivors of the widest row, M survivors of all rows, T levels.
 """
 
-import functools
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,7 +18,7 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Result = TypeVar("Result")
 
-# Logits that one thread works on at a time: half a megabyte.
+# Logits that are worked on at a time: half a megabyte.
 ELEMENTS_IN_CACHE = 2**17
 # numpy finds the true entries of a mask without branches if they are more than a tenth of it, and then in half the
 # time. So at least this part of a row survives: sorting more than needed costs less.
@@ -157,17 +154,6 @@ def _at(logits_NV: Floats, ids_NS: Ints, count_N: Ints) -> Floats:
 
 
 def _over_rows(work: Callable[[slice], Result], rows: int, vocabulary: int) -> list[Result]:
-    """Do the work on slices of the rows, on as many threads as torch uses, and return the results in order."""
+    """Do the work on slices of the rows and return the results in order."""
     step = max(1, ELEMENTS_IN_CACHE // vocabulary)
-    slices = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-    threads = min(torch.get_num_threads(), len(slices))
-    return [work(each) for each in slices] if threads == 1 else list(_threads(threads).map(work, slices))
-
-
-@functools.cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="knee")
-
-
-# A forked child has the pool but not its threads: it would wait for them for ever.
-os.register_at_fork(after_in_child=_threads.cache_clear)
+    return [work(slice(start, min(start + step, rows))) for start in range(0, rows, step)]

@@ -26,11 +26,6 @@ class Layout:
     row_P: Tensor  # the row of each picture
     weight_P: Tensor  # supervised positions of its row, shared among the row's pictures
 
-    @property
-    def tokens(self) -> int:
-        """L, the visual tokens of a picture."""
-        return int(self.image_BT.sum()) // max(len(self.row_P), 1)
-
 
 def lay_out(ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor, image_token: int, tokens: int) -> Layout:
     """Find the pictures of a batch, each `tokens` image tokens long."""
@@ -39,11 +34,6 @@ def lay_out(ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor, image_token: int
     row_P = torch.arange(len(ids_BT), device=ids_BT.device).repeat_interleave(pictures_B)
     weight_B = supervised(labels_BT).sum(1) / pictures_B.clamp(min=1)
     return Layout(image_BT, (mask_BT == 1) & ~image_BT, row_P, weight_B[row_P])
-
-
-def visual_hidden(hidden_BTD: Tensor, layout: Layout) -> Tensor:
-    """Return hidden_ND at the visual tokens, picture by picture."""
-    return hidden_BTD[layout.image_BT]
 
 
 def first_attention(model: LlavaForConditionalGeneration, embeds_BTD: Tensor, mask_BT: Tensor) -> Tensor:

@@ -2,12 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -19,8 +19,8 @@ from transformers.models.siglip import SiglipVisionConfig
 
 from switchkd.cli.main import main
 from switchkd.export.assembly import export_checkpoint
-from switchkd.export.bundle import Bundle, CacheShape, ModelFacts
-from switchkd.export.graphs import ExportError, VisionEncoder
+from switchkd.export.bundle import Bundle
+from switchkd.export.graphs import ExportError
 from switchkd.export.projectors import Ldpv2LlavaForConditionalGeneration, encoder_tokens, tokens_per_picture
 from switchkd.serve import Engine
 from switchkd.training.vlm import build_vlm, load_vlm
@@ -99,18 +99,10 @@ def test_files_of_the_bundle_expand_a_picture_to_its_tokens(bundle: Path) -> Non
 
 
 @pytest.mark.parametrize(("projector", "tokens"), [("mlp", 16), ("ldpv2", 9)])
-def test_clips_class_token_is_not_counted(checkpoint: Path, tmp_path: Path, projector: str, tokens: int) -> None:
-    encoder = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            image_size=24,
-            patch_size=6,
-        )
-    )
-    encoder.save_pretrained(tmp_path / "encoder")
+def test_clips_class_token_is_not_counted(
+    checkpoint: Path, clip_vision: CLIPVisionConfig, tmp_path: Path, projector: str, tokens: int
+) -> None:
+    CLIPVisionModel(clip_vision).save_pretrained(tmp_path / "encoder")
     shutil.copy(checkpoint.parent / "encoder" / "preprocessor_config.json", tmp_path / "encoder")
     language_model = checkpoint.parent / "language_model"
     build_vlm(tmp_path / "encoder", language_model, projector=projector, projector_grid=3).save(tmp_path / "vlm")
@@ -144,7 +136,9 @@ def test_pooling_and_convolution_stay_float_in_int8(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(("side", "grid"), [(5, 3), (4, 4), (27, 12)])
-def test_vision_graph_at_sizes_that_do_not_divide(tmp_path: Path, side: int, grid: int) -> None:
+def test_vision_graph_at_sizes_that_do_not_divide(
+    vision_graph_equals_torch: Callable[..., None], tmp_path: Path, side: int, grid: int
+) -> None:
     settings: dict[str, Any] = {"projector_type": "ldpv2", "projector_grid": grid}
     config = LlavaConfig(
         vision_config=SiglipVisionConfig(
@@ -165,18 +159,7 @@ def test_vision_graph_at_sizes_that_do_not_divide(tmp_path: Path, side: int, gri
     )
     assert (encoder_tokens(config), tokens_per_picture(config)) == (side**2, grid**2)
     model = Ldpv2LlavaForConditionalGeneration(config).eval()
-    shape = (3, 4 * side, 4 * side)
-    facts = ModelFacts("<image>", 3, grid**2, shape, (2,), 40, 24, 64, CacheShape(1, 2, 12, "float32"))
-    path = tmp_path / "vision_encoder.onnx"
-    VisionEncoder(model.model.vision_tower.config, facts).write(model, path)
-    session = onnxruntime.InferenceSession(path)
-    for pictures in (1, 3):
-        pixels_PCHW = np.random.default_rng(pictures).standard_normal((pictures, *shape), dtype=np.float32)
-        got_PND = session.run(None, {"pixel_values": pixels_PCHW})[0]
-        with torch.no_grad():
-            expected = torch.stack(list(model.get_image_features(torch.from_numpy(pixels_PCHW)).pooler_output))
-        assert got_PND.shape == (pictures, grid**2, 24)
-        np.testing.assert_allclose(got_PND, expected.numpy(), atol=1e-5)
+    vision_graph_equals_torch(model, grid**2, 4 * side, tmp_path / "vision_encoder.onnx", (1, 3))
 
 
 @pytest.mark.parametrize("count", [1, 2])

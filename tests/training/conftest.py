@@ -1,6 +1,6 @@
 """Tiny LLaVA pairs with random weights, and batches for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import pytest
@@ -83,6 +83,21 @@ def make_batch(seed: int, pictures: list[int], *, length: int = 14, visual_token
         shape = (sum(pictures), 3, 12, 12)
         batch["pixel_values"] = torch.randn(shape, generator=generator, dtype=torch.float64)
     return batch
+
+
+def split_rows(batch: Batch, pictures: list[int]) -> Iterator[Batch]:
+    """A batch's rows as batches of one, each with its own pictures."""
+    left = list(batch.get("pixel_values", []))
+    for row, count in enumerate(pictures):
+        one = {name: value[row : row + 1] for name, value in batch.items() if name != "pixel_values"}
+        if count:
+            one["pixel_values"] = torch.stack([left.pop(0) for _ in range(count)])
+        yield one
+
+
+@pytest.fixture
+def rows() -> Callable[..., Iterator[Batch]]:
+    return split_rows
 
 
 @pytest.fixture

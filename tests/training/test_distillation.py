@@ -203,16 +203,12 @@ def test_an_adapter_bridges_encoders_of_other_widths_and_learns(llava: Make, bat
     assert not Distillation(student, llava(1), build_objective("switch_kd", encoder_adapter=True)).adapters
 
 
-def test_accumulating_rows_equals_one_batch(llava: Make, batch: Make) -> None:
+def test_accumulating_rows_equals_one_batch(llava: Make, batch: Make, rows: Make) -> None:
     module, inputs = distillation(llava), batch(0, MIXED)
     items = (inputs["labels"][:, 1:] != -100).sum()
     whole = gradients(module, module(**inputs, num_items_in_batch=items)["loss"])
     module.zero_grad()
-    pictures = list(inputs["pixel_values"])
-    for row, count in enumerate(MIXED):
-        one = {name: value[row : row + 1] for name, value in inputs.items() if name != "pixel_values"}
-        if count:
-            one["pixel_values"] = torch.stack([pictures.pop(0) for _ in range(count)])
+    for one in rows(inputs, MIXED):
         module(**one, num_items_in_batch=items)["loss"].backward()
     summed = {name: p.grad for name, p in module.student.named_parameters() if p.grad is not None}
     torch.testing.assert_close(summed, whole, rtol=1e-9, atol=1e-12)

@@ -122,7 +122,7 @@ def test_align_kd(llava: Make, batch: Make) -> None:
 
 
 @pytest.mark.parametrize("name", ["llava_kd", "align_kd"])
-def test_accumulating_rows_and_chunks_equal_one_batch(llava: Make, batch: Make, name: str) -> None:
+def test_accumulating_rows_and_chunks_equal_one_batch(llava: Make, batch: Make, rows: Make, name: str) -> None:
     module, inputs = pair(llava, name), batch(0, PICTURES)
     items = (inputs["labels"][:, 1:] != -100).sum()
 
@@ -133,11 +133,7 @@ def test_accumulating_rows_and_chunks_equal_one_batch(llava: Make, batch: Make, 
     whole = gradients()
     module.zero_grad()
     module.chunk_positions = 3
-    pictures = list(inputs["pixel_values"])
-    for row, count in enumerate(PICTURES):
-        one = {name: value[row : row + 1] for name, value in inputs.items() if name != "pixel_values"}
-        if count:
-            one["pixel_values"] = torch.stack([pictures.pop(0) for _ in range(count)])
+    for one in rows(inputs, PICTURES):
         module(**one, num_items_in_batch=items)["loss"].backward()
     torch.testing.assert_close(gradients(), whole, rtol=1e-5, atol=1e-8)
 

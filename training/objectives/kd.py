@@ -37,16 +37,19 @@ class Kd(Objective):
     def __call__(self, positions: Positions) -> Terms:
         """Return "loss" and the unweighted sums "ce" and "kd"."""
         assert positions.teacher_NV is not None
-        teacher_NV, student_NV = shared_prefix(positions.teacher_NV, positions.student_NV)
-        kl_N = kl_per_position(accumulable(teacher_NV), accumulable(student_NV), self.temperature, self.direction)
+        kl_N = kl_per_position(positions.teacher_NV, positions.student_NV, self.temperature, self.direction)
         kd = kl_N.sum() * (self.temperature**2 if self.tau_squared else 1)
         ce = summed_cross_entropy(positions, 1.0)
         return {"loss": self.lambda_ce * ce + self.lambda_kd * kd, "ce": ce.detach(), "kd": kd.detach()}
 
 
 def kl_per_position(teacher_NV: Tensor, student_NV: Tensor, temperature: float, direction: Direction) -> Tensor:
-    """Return [N]: KL(teacher ‖ student) of softmax(z/τ) for `forward`, KL(student ‖ teacher) for `reverse`."""
-    log_p_NV, log_q_NV = ((z_NV / temperature).log_softmax(1) for z_NV in (teacher_NV, student_NV))
+    """Return [N]: KL(teacher ‖ student) of softmax(z/τ) for `forward`, KL(student ‖ teacher) for `reverse`.
+
+    Over the tokens that both have, in float32 (float64 for float64 logits).
+    """
+    both = shared_prefix(teacher_NV, student_NV)
+    log_p_NV, log_q_NV = ((accumulable(z_NV) / temperature).log_softmax(1) for z_NV in both)
     if direction == "reverse":
         log_p_NV, log_q_NV = log_q_NV, log_p_NV
     # torch's kl_div(input, target) is KL(target ‖ input).

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
-from ..dbild import Direction, check_settings, shared_prefix
+from ..dbild import Direction, check_settings
 from ..knee import accumulable
 from .kd import kl_per_position
 from .objective import Objective, Pictures, Positions, Terms
@@ -72,8 +72,7 @@ class LlavaKd(Objective):
         return {"loss": self.lambda_relation * relation, "relation": relation.detach()}
 
     def _kl(self, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
-        teacher_NV, student_NV = shared_prefix(teacher_NV, student_NV)
-        return kl_per_position(accumulable(teacher_NV), accumulable(student_NV), self.temperature, self.direction)
+        return kl_per_position(teacher_NV, student_NV, self.temperature, self.direction)
 
 
 def relations(tokens_PLD: Tensor) -> Tensor:
