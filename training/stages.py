@@ -5,7 +5,6 @@ A stage is resumed where it was stopped, and is saved as a standard checkpoint f
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -14,18 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
+from .arguments import training_arguments
 from .conversations import ConversationDataset, collator, read_records
-from .distillation import Distillation
-from .objectives import Objective, build_objective
-from .recipe import Recipe, RecipeError, StageRecipe, check_keys, find_recipe
-from .switch import check_tokenizers
-from .trainer import ADAPTERS_NAME, LOG_NAME, DistillationTrainer
-from .vlm import Vlm, build_vlm, load_vlm, train_only
+from .progress import LOG_NAME
+from .recipe import Recipe, StageRecipe
+from .stage_models import stage_distillation, stage_objective, stage_student
+from .trainer import ADAPTERS_NAME, DistillationTrainer
+from .vlm import Vlm, train_only
 
 STAGE_FILE = "stage.json"
 RECIPE_FILE = "recipe.yaml"
@@ -53,7 +50,7 @@ def run_recipe(recipe: Recipe, *, announce: Callable[[str], None] = lambda _: No
     history = _digest([plain["model"], recipe.seed])
     for number, stage in enumerate(recipe.stages):
         # The teacher counts only where it teaches: arms that differ later share their first stages.
-        teacher = recipe.teacher if _objective(stage).needs_teacher else None
+        teacher = recipe.teacher if stage_objective(stage).needs_teacher else None
         history = _digest([history, plain["stages"][number], teacher])
         folder = output / stage.name
         seconds = _finished(folder, history)
@@ -69,9 +66,9 @@ def run_recipe(recipe: Recipe, *, announce: Callable[[str], None] = lambda _: No
 def run_stage(recipe: Recipe, stage: StageRecipe, before: Path | None, folder: Path, fingerprint: str) -> float:
     """Train one stage and save its model under `folder`; returns the seconds it took, all attempts together."""
     set_seed(recipe.seed)
-    student = _student(recipe, before)
+    student = stage_student(recipe, before)
     train_only(student.model, stage.train)
-    module = _distillation(recipe, stage, student)
+    module = stage_distillation(recipe, stage, student)
     work = folder.parent / f".{stage.name}.checkpoints"
     if _read(work / STAGE_FILE).get("fingerprint") != fingerprint:
         shutil.rmtree(work, ignore_errors=True)
@@ -90,84 +87,6 @@ def run_stage(recipe: Recipe, stage: StageRecipe, before: Path | None, folder: P
     _save(trainer, recipe, folder, {"fingerprint": fingerprint, "seconds": seconds, "steps": trainer.state.global_step})
     shutil.rmtree(work)
     return seconds
-
-
-def training_arguments(stage: StageRecipe, work: Path, seed: int) -> TrainingArguments:
-    """The stage's `transformers.TrainingArguments`; keys of `training:` are its names. Raises RecipeError."""
-    try:
-        return plain_arguments(stage.training | {"seed": seed}, work)
-    except ValueError as error:
-        raise RecipeError(f"stage {stage.name}: training: {error}") from None
-
-
-def plain_arguments(training: dict[str, Any], work: Path) -> TrainingArguments:
-    """`transformers.TrainingArguments` from their names, with what every run here shares. Raises ValueError."""
-    check_keys(training, list(TrainingArguments.__dataclass_fields__), "training")
-    shared: dict[str, Any] = {
-        "output_dir": str(work),
-        "remove_unused_columns": False,  # the collator takes samples, not columns
-        "disable_tqdm": True,  # our own bar
-        "save_total_limit": 2,
-        "report_to": "none",
-        # Memory pinning is for a GPU, and warns without one.
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }
-    given = dict(training)
-    if isinstance(given.get("deepspeed"), str) and not Path(given["deepspeed"]).is_file():
-        given["deepspeed"] = yaml.safe_load(find_recipe(f"deepspeed/{given['deepspeed']}").read_text(encoding="utf-8"))
-    return TrainingArguments(**(shared | given))
-
-
-def _student(recipe: Recipe, before: Path | None) -> Vlm:
-    if before is not None:
-        return load_vlm(before)
-    model = recipe.model
-    if model.checkpoint is not None:
-        return load_vlm(model.checkpoint)
-    assert model.encoder is not None  # checked by ModelRecipe
-    assert model.language_model is not None
-    return build_vlm(
-        model.encoder,
-        model.language_model,
-        vision_feature_layer=model.vision_feature_layer,
-        drop_first_patch=model.drop_first_patch,
-        projector=model.projector,
-        projector_grid=model.projector_grid,
-        seed=recipe.seed,
-    )
-
-
-def _objective(stage: StageRecipe) -> Objective:
-    try:
-        return build_objective(**stage.objective)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"stage {stage.name}: objective: {error}") from None
-
-
-def _distillation(recipe: Recipe, stage: StageRecipe, student: Vlm) -> Distillation:
-    objective = _objective(stage)
-    if not objective.needs_teacher:
-        return Distillation(student.model, None, objective)
-    if recipe.teacher is None:
-        raise RecipeError(f"stage {stage.name}: {stage.objective['name']} needs a teacher; give teacher: FOLDER")
-    teacher = load_vlm(recipe.teacher)
-    try:
-        check_tokenizers(student.tokenizer, teacher.tokenizer)
-        _check_pixels(student, teacher)
-        return Distillation(student.model, teacher.model, objective)
-    except ValueError as error:
-        raise RecipeError(f"stage {stage.name}: student and teacher do not fit: {error}") from None
-
-
-def _check_pixels(student: Vlm, teacher: Vlm) -> None:
-    """Both are given the student's pixels, so the teacher must have been trained on pictures prepared the same way."""
-    ours, theirs = (dataclasses.asdict(vlm.inputs()[1]) for vlm in (student, teacher))
-    for name, value in ours.items():
-        if value != theirs[name]:
-            raise ValueError(
-                f"pictures are prepared with {name} {value} for the student and {theirs[name]} for the teacher, and "
-                "both are given the same pixels; choose encoders of one family"
-            )
 
 
 def _dataset(stage: StageRecipe, student: Vlm) -> ConversationDataset:

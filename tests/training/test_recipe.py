@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from switchkd.training.arguments import training_arguments
 from switchkd.training.objectives import build_objective
 from switchkd.training.recipe import Recipe, RecipeError, find_recipe, load_recipe
-from switchkd.training.stages import training_arguments
 
 RECIPES = Path(str(resources.files("switchkd.recipes")))
 SHIPPED = sorted(

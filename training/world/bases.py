@@ -19,9 +19,10 @@ import yaml
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, SiglipVisionModel, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from ..arguments import plain_arguments
+from ..progress import StageProgress
 from ..recipe import Recipe, find_recipe, load_recipe
-from ..stages import plain_arguments, run_recipe
-from ..trainer import StageProgress
+from ..stages import run_recipe
 from ..vlm import Vlm, load_vlm
 from .encoder_pretraining import RegionDataset, RegionTextModel, encoder_config, region_phrases, write_image_processor
 from .vocabulary import train_tokenizer, world_texts
