@@ -13,8 +13,9 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+JAVASCRIPT := $(VENV)/.installed-javascript
 
-.PHONY: help run install quickstart demo test lint types check format wheel clean clean-all
+.PHONY: help run install quickstart demo test lint types javascript check format wheel clean clean-all
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -43,8 +44,21 @@ lint: $(INSTALLED_DEV)
 types: $(INSTALLED_DEV)
 	$(BIN)/mypy
 
+# Node runs the bundles as browsers and phones will. Where there is none, those tests say that they were skipped.
+javascript: $(JAVASCRIPT) ## Install transformers.js for the tests, if there is Node.js
+
+$(JAVASCRIPT): tests/javascript/package-lock.json
+	@mkdir -p $(@D)
+	@if command -v npm >/dev/null; then \
+		echo "installing transformers.js for the tests"; \
+		cd tests/javascript && npm ci --silent --ignore-scripts; \
+	else \
+		echo "make: there is no npm, so the tests in tests/javascript are skipped"; \
+	fi
+	@touch $@
+
 # One thread for each worker: two torch processes with a thread pool each would only push one another off the cores.
-check: $(INSTALLED_DEV)
+check: $(INSTALLED_DEV) $(JAVASCRIPT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 format: $(INSTALLED_DEV) ## Let ruff mend what it can

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -49,6 +49,33 @@ def tiny_bundle(tiny_checkpoint: Path) -> Iterator[Path]:
         path = Path(folder) / "bundle"
         export_checkpoint(tiny_checkpoint, path)
         yield path
+
+
+@pytest.fixture(scope="session")
+def ldpv2_checkpoint(tiny_checkpoint: Path) -> Iterator[Path]:
+    """The tiny checkpoint's encoder and language model with another projector: 4 x 4 tokens pooled to 3 x 3.
+
+    Its parts lie beside it, as `encoder` and `language_model`.
+    """
+    import torch
+
+    from switchkd.training.vlm import build_vlm, load_vlm
+
+    with tempfile.TemporaryDirectory(prefix="ldpv2-") as holder:
+        folder = Path(holder)
+        mlp = load_vlm(tiny_checkpoint)
+        mlp.model.model.vision_tower.save_pretrained(folder / "encoder")
+        mlp.processor.image_processor.save_pretrained(folder / "encoder")
+        mlp.model.model.language_model.save_pretrained(folder / "language_model")
+        mlp.tokenizer.save_pretrained(folder / "language_model")
+        vlm = build_vlm(folder / "encoder", folder / "language_model", projector="ldpv2", projector_grid=3)
+        # Wider than fresh ones: otherwise the convolution's bias is nearly all that a random language model sees.
+        projector: Any = vlm.model.model.multi_modal_projector
+        generator = torch.Generator().manual_seed(0)
+        for layer in (projector.linear_1, projector.linear_2):
+            torch.nn.init.normal_(layer.weight, std=0.3, generator=generator)
+        vlm.save(folder / "checkpoint")
+        yield folder / "checkpoint"
 
 
 def write_tiny_checkpoint(path: Path) -> None:
