@@ -29,7 +29,7 @@ from benchmarks.explicit_pairs import explicit_dbild
 from benchmarks.measuring import Work, cpu_peak_mib, cuda_peak_mib, describe_machine, spread, times_ms
 from switchkd.training.distillation import Distillation
 from switchkd.training.objectives import build_objective
-from switchkd.training.switch import last_hidden, switch_hidden, visual_features, visual_tokens
+from switchkd.training.switch import embed, last_hidden, switch_hidden, visual_features, visual_tokens
 
 Sizes = dict[str, Any]
 
@@ -135,7 +135,7 @@ class Obvious(nn.Module):
 
     @staticmethod
     def _logits(model: Any, ids_BT: Tensor, mask_BT: Tensor, tokens_PLD: Tensor) -> Tensor:
-        logits: Tensor = model.lm_head(last_hidden(model, ids_BT, mask_BT, tokens_PLD)).float()
+        logits: Tensor = model.lm_head(last_hidden(model, embed(model, ids_BT, tokens_PLD), mask_BT)).float()
         return logits
 
 

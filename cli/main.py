@@ -45,9 +45,44 @@ COMMANDS = (
         "train",
     ),
     Command(
+        "data",
+        "switchkd.training.data_command",
+        "check a training set before a GPU is paid for, or download the public ones",
+        "train",
+        "train",
+    ),
+    Command(
         "train",
         "switchkd.training.train_command",
         "train or distil a model from a recipe into a Hugging Face checkpoint folder",
+        "train",
+        "train",
+    ),
+    Command(
+        "estimate",
+        "switchkd.training.estimate_command",
+        "say what a recipe takes before it is run: parameters, memory by part, tokens, hours",
+        "train",
+        "train",
+    ),
+    Command(
+        "import",
+        "switchkd.training.import_command",
+        "turn a published TinyLLaVA Factory checkpoint into the standard folder",
+        "train",
+        "train",
+    ),
+    Command(
+        "ablate",
+        "switchkd.training.ablate_command",
+        "run an ablation: every arm of a matrix, shared stages once, and the table",
+        "train",
+        "train",
+    ),
+    Command(
+        "push",
+        "switchkd.cli.push",
+        "look a model folder or bundle over and upload it to the Hugging Face hub",
         "train",
         "train",
     ),
@@ -97,6 +132,16 @@ class CommandModule(Protocol):
 class CommandParser(argparse.ArgumentParser):
     """An argument parser whose mistakes cost the reader one line instead of a page of usage."""
 
+    def parse(self, words: list[str]) -> argparse.Namespace:
+        """Parse a command's words; `train RECIPE --dry-run seed=1` may have its key=value behind its options."""
+        args, rest = self.parse_known_args(words)
+        # argparse fills a list of words only from those in front of the first option.
+        if any(word.startswith("-") or "=" not in word for word in rest) or (rest and "overrides" not in args):
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        if rest:
+            args.overrides = [*args.overrides, *rest]
+        return args
+
     def error(self, message: str) -> NoReturn:
         """Print the mistake and where to read on, and exit with code 2."""
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (see '{self.prog} --help')\n")
@@ -143,7 +188,7 @@ def run_command(command: Command, words: list[str]) -> int:
         people_errors = module.ERRORS
         parser = CommandParser(prog=f"switchkd {command.name}", description=sentence(command.help))
         module.add_arguments(parser)
-        return module.run(parser.parse_args(words))
+        return module.run(parser.parse(words))
     except ModuleNotFoundError as error:
         package = missing_package(error)
         if package is None:

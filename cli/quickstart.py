@@ -187,6 +187,11 @@ def _copy_examples(world: Path, folder: Path, count: int = 6) -> None:
 
 
 def _measure(plan: Plan, clock: Clock) -> dict[str, Any]:
-    from .quickstart_measure import measure_all
+    from switchkd.training.model_card import write_scores
 
-    return measure_all(plan.out, [plan.folder(seed) for seed in range(plan.seeds)], ARMS, clock)
+    from .quickstart_measure import measure_all, scores_of
+
+    report = measure_all(plan.out, [plan.folder(seed) for seed in range(plan.seeds)], ARMS, clock)
+    for arm in ARMS:
+        write_scores(plan.out / arm, *scores_of(report, arm))
+    return report

@@ -54,6 +54,20 @@ def measure_all(out: Path, folders: Sequence[Path], arms: Sequence[str], clock: 
     return _report(measured, records, arms, len(folders), clock.seconds)
 
 
+def scores_of(report: dict[str, Any], system: str) -> tuple[dict[str, dict[str, float]], str]:
+    """A system's accuracies for its card, overall and by kind of question, and what they are."""
+    kinds = {"all": (report["accuracy"][system], report["prior"])}
+    kinds |= {kind: (value, report["prior_by_kind"][kind]) for kind, value in report["by_kind"][system].items()}
+    table = {
+        kind: {"accuracy, %": 100 * value, "guessing, %": 100 * prior} for kind, (value, prior) in sorted(kinds.items())
+    }
+    note = (
+        f"Of {report['test_questions']} test questions of switchkd's toy picture world, by kind; no model has seen "
+        "them. Guessing is what would be reached without the picture."
+    )
+    return table, note
+
+
 def _checkpoint(folder: Path, records: Records, pictures: Path, name: str) -> dict[str, Any]:
     from switchkd.training.evaluation import generate_answers
     from switchkd.training.vlm import load_vlm

@@ -1,6 +1,6 @@
 """The one image preprocessing of training, export and serving: any picture file in, the model's float pixels out.
 
-Shapes in names: C channels, H height, W width.
+Shapes in names: C channels, H height, W width, V values of a byte.
 """
 
 import io
@@ -27,6 +27,10 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, O
 
 class PictureError(ValueError):
     """A picture that cannot be used, or preprocessing settings that cannot be followed."""
+
+
+class PictureTooLarge(PictureError):
+    """A picture of more pixels than are decoded."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,22 @@ def open_picture(source: str | Path | bytes) -> Image.Image:
 
     `source` is a path or the file's bytes. Raises PictureError naming the file, the reason and the way out.
     """
-    name = "the picture" if isinstance(source, bytes) else str(source)
+    with open_header(source) as picture:
+        return decode(picture, source)
+
+
+def decode(picture: Image.Image, source: str | Path | bytes) -> Image.Image:
+    """Decode what `open_header` opened from `source`, as `open_picture` does. Raises PictureError."""
+    try:
+        picture.load()
+        return to_rgb(_upright(picture))
+    except _BROKEN as error:
+        raise PictureError(f"{_name(source)}: damaged ({_one_line(error)}); save it again as PNG or JPEG") from error
+
+
+def open_header(source: str | Path | bytes) -> Image.Image:
+    """Open a picture without decoding it: `format` and `size` are known. Raises PictureError as `open_picture` does."""
+    name = _name(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -123,19 +142,19 @@ def open_picture(source: str | Path | bytes) -> Image.Image:
         raise PictureError(f"{name}: not a picture in a known format; save it as PNG or JPEG") from None
     except _BROKEN as error:
         raise PictureError(f"{name}: cannot be opened ({_one_line(error)}); save it again as PNG or JPEG") from error
-    with picture:
-        # Warnings may be off in another thread of this process: the size is checked here too.
-        if picture.width * picture.height > MAX_PIXELS:
-            raise _too_large(name)
-        try:
-            picture.load()
-            return to_rgb(_upright(picture))
-        except _BROKEN as error:
-            raise PictureError(f"{name}: damaged ({_one_line(error)}); save it again as PNG or JPEG") from error
+    # Warnings may be off in another thread of this process: the size is checked here too.
+    if picture.width * picture.height > MAX_PIXELS:
+        picture.close()
+        raise _too_large(name)
+    return picture
 
 
-def _too_large(name: str) -> PictureError:
-    return PictureError(f"{name}: more than {MAX_PIXELS:,} pixels; scale it down first")
+def _name(source: str | Path | bytes) -> str:
+    return "the picture" if isinstance(source, bytes) else str(source)
+
+
+def _too_large(name: str) -> PictureTooLarge:
+    return PictureTooLarge(f"{name}: more than {MAX_PIXELS:,} pixels; scale it down first")
 
 
 def _one_line(error: BaseException) -> str:
@@ -190,15 +209,23 @@ def to_pixels(picture: Image.Image, preprocessing: Preprocessing) -> npt.NDArray
     pixels_HWC: npt.NDArray[Any] = np.asarray(picture)
     if preprocessing.crop is not None:
         pixels_HWC = _center_crop(pixels_HWC, preprocessing.crop)
+    # A byte has 256 values: looking them up takes an eighth of the time that reckoning with every pixel takes.
+    values_CV = _values(preprocessing)
+    return np.stack([np.take(values_CV[channel], pixels_HWC[:, :, channel]) for channel in range(3)])
+
+
+def _values(preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
+    """What each value of a byte becomes in each channel, values_CV."""
+    values_VC: npt.NDArray[Any] = np.repeat(np.arange(256)[:, None], 3, axis=1)
     if preprocessing.rescale is not None:
         # In double precision first, as the Hugging Face processors do: single precision differs in the last bit.
-        pixels_HWC = pixels_HWC.astype(np.float64) * preprocessing.rescale
-    pixels_HWC = pixels_HWC.astype(np.float32)
+        values_VC = values_VC.astype(np.float64) * preprocessing.rescale
+    values_VC = values_VC.astype(np.float32)
     if preprocessing.mean is not None:
         mean_C = np.array(preprocessing.mean, dtype=np.float32)
         std_C = np.array(preprocessing.std, dtype=np.float32)
-        pixels_HWC = (pixels_HWC - mean_C) / std_C
-    return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1), dtype=np.float32)
+        values_VC = (values_VC - mean_C) / std_C
+    return np.ascontiguousarray(values_VC.T)
 
 
 def _resized(picture: Image.Image, size: tuple[int, int] | int) -> tuple[int, int]:

@@ -52,6 +52,15 @@ def tiny_bundle(tiny_checkpoint: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def wide_heads_checkpoint() -> Iterator[Path]:
+    """The tiny checkpoint with heads of 16 numbers in place of 8, as the fused decoder needs them."""
+    with tempfile.TemporaryDirectory(prefix="wide-heads-") as folder:
+        path = Path(folder) / "checkpoint"
+        write_tiny_checkpoint(path, heads=2)
+        yield path
+
+
+@pytest.fixture(scope="session")
 def ldpv2_checkpoint(tiny_checkpoint: Path) -> Iterator[Path]:
     """The tiny checkpoint's encoder and language model with another projector: 4 x 4 tokens pooled to 3 x 3.
 
@@ -78,7 +87,7 @@ def ldpv2_checkpoint(tiny_checkpoint: Path) -> Iterator[Path]:
         yield folder / "checkpoint"
 
 
-def write_tiny_checkpoint(path: Path) -> None:
+def write_tiny_checkpoint(path: Path, heads: int = 4) -> None:
     """Make the tiny model, its tokenizer and its processor, and save them as transformers does."""
     import torch
     from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
@@ -101,8 +110,8 @@ def write_tiny_checkpoint(path: Path) -> None:
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,

@@ -39,6 +39,18 @@ def respell(
     return placed(ids_BT, 0), placed(mask_BT, 0), placed(labels_BT, IGNORED)
 
 
+def with_blank_picture(
+    ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor, image_token: int, tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids, mask and labels with one row more: `tokens` image tokens and one of text, none of it supervised."""
+    wider = max(0, tokens + 1 - ids_BT.shape[1])
+    filled = zip((ids_BT, mask_BT, labels_BT), (0, 0, IGNORED), strict=True)
+    ids_BT, mask_BT, labels_BT = (pad(values_BT, (0, wider, 0, 1), value=value) for values_BT, value in filled)
+    ids_BT[-1, :tokens] = image_token
+    mask_BT[-1, : tokens + 1] = 1
+    return ids_BT, mask_BT, labels_BT
+
+
 def supervised(labels_BT: Tensor) -> Tensor:
     """Return [B, T − 1], true where the next token is one to be learned."""
     return labels_BT[:, 1:] != IGNORED

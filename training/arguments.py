@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from accelerate.state import AcceleratorState, PartialState
+from torch import nn
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    is_tensorboard_available,
+    is_wandb_available,
+)
 
 from .recipe import RecipeError, StageRecipe, check_keys, find_recipe
 
 
 def training_arguments(stage: StageRecipe, work: Path, seed: int) -> TrainingArguments:
     """The stage's `transformers.TrainingArguments`; keys of `training:` are its names. Raises RecipeError."""
+    training = stage.training_on(int(os.environ.get("WORLD_SIZE", "1"))) | {"seed": seed}
     try:
-        return plain_arguments(stage.training | {"seed": seed}, work)
+        return plain_arguments({"run_name": f"{work.parent.name}/{stage.name}"} | training, work)
     except ValueError as error:
         raise RecipeError(f"stage {stage.name}: training: {error}") from None
 
@@ -28,11 +41,98 @@ def plain_arguments(training: dict[str, Any], work: Path) -> TrainingArguments:
         "remove_unused_columns": False,  # the collator takes samples, not columns
         "disable_tqdm": True,  # our own bar
         "save_total_limit": 2,
-        "report_to": "none",
+        "report_to": "tensorboard",
+        "logging_nan_inf_filter": False,  # such a loss ends the run, and is not replaced by an average
         # Memory pinning is for a GPU, and warns without one.
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,  # Distillation gives every parameter a gradient in every batch
     }
-    given = dict(training)
-    if isinstance(given.get("deepspeed"), str) and not Path(given["deepspeed"]).is_file():
-        given["deepspeed"] = yaml.safe_load(find_recipe(f"deepspeed/{given['deepspeed']}").read_text(encoding="utf-8"))
-    return TrainingArguments(**(shared | given))
+    # The Trainer knows how to patch a PreTrainedModel alone: stage_models sees to Liger.
+    given = training | {"deepspeed": deepspeed_config(training), "use_liger_kernel": False}
+    if given["deepspeed"] is not None and (given.get("use_cpu") or os.environ.get("ACCELERATE_USE_CPU")):
+        raise RecipeError(
+            "deepspeed and use_cpu (or ACCELERATE_USE_CPU) are both given, and together silently train without "
+            "DeepSpeed; leave use_cpu out: without a GPU, DeepSpeed takes the CPU (DS_ACCELERATOR=cpu says so)"
+        )
+    arguments = TrainingArguments(**(shared | given | _without_gpu(given)))
+    load_whole_models()
+    _check_reports(list(arguments.report_to or []))
+    return arguments
+
+
+def _without_gpu(given: dict[str, Any]) -> dict[str, Any]:
+    """What lets processes of a launcher meet over gloo where there is no GPU; on its own each would train alone."""
+    if "WORLD_SIZE" not in os.environ or torch.accelerator.is_available():
+        return {}
+    if given["deepspeed"] is None:
+        return {"use_cpu": True}
+    # The Trainer asks accelerate for DeepSpeed in the same way, but names no backend, which here leaves one process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    del os.environ["ACCELERATE_USE_DEEPSPEED"]
+    return {"accelerator_config": (given.get("accelerator_config") or {}) | {"use_configured_state": True}}
+
+
+def deepspeed_config(training: dict[str, Any]) -> dict[str, Any] | None:
+    """DeepSpeed's configuration that `training:` names, a file or one of recipes/deepspeed. Raises RecipeError.
+
+    None where no launcher started this process: alone, it has nobody to share weights and moments with.
+    """
+    given = training.get("deepspeed")
+    if given is None or "WORLD_SIZE" not in os.environ:
+        return None
+    if find_spec("deepspeed") is None:
+        raise RecipeError(
+            f"deepspeed is {given!r} and the package is not installed; install it (pip install deepspeed), or train "
+            "with plain DDP (deepspeed: null)"
+        )
+    return read_deepspeed(given)
+
+
+def read_deepspeed(given: str | dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's configuration as it is given: itself, a file, or a name in recipes/deepspeed. Raises RecipeError."""
+    if isinstance(given, dict):
+        return given
+    path = Path(given) if Path(given).is_file() else find_recipe(f"deepspeed/{given}")
+    config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML too
+    return config
+
+
+def zero_stage(training: dict[str, Any]) -> int:
+    """The ZeRO stage that `training:` asks for, 0 without DeepSpeed. Raises RecipeError."""
+    config = deepspeed_config(training) or {}
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def load_whole_models() -> None:
+    """Let transformers build and load models whole although ZeRO-3 is on, until accelerate reminds it.
+
+    Else it takes each rank's share of a model, which cannot be put together or looked at. DeepSpeed shares models out
+    when training begins, and nothing before or after has to know of it.
+    """
+    unset_hf_deepspeed_config()
+
+
+@contextmanager
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """While it lasts, parameters that ZeRO-3 has shared out are whole on every rank; others are anyway."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters(parameters):
+        yield
+
+
+def _check_reports(names: list[str]) -> None:
+    """Raise ValueError where a run could not report, before models are loaded."""
+    for name in names:
+        check_keys({name: None}, list(INTEGRATION_TO_CALLBACK), "report_to")
+        missing = {"tensorboard": not is_tensorboard_available(), "wandb": not is_wandb_available()}
+        if missing.get(name):
+            raise ValueError(
+                f"report_to names {name}, which is not installed; pip install {name}, or report_to: none (log.jsonl is "
+                "always written)"
+            )

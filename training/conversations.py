@@ -5,15 +5,19 @@ Shapes: B samples, T tokens, P pictures of the batch, C channels, H height, W wi
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from jinja2 import TemplateError
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -21,11 +25,41 @@ from switchkd.export.pixels import PictureError, Preprocessing, open_picture, to
 
 PLACEHOLDER = "<image>"  # in LLaVA's JSON, whatever the tokenizer's own image token is
 IGNORED = -100
+NO_TOKEN = -1
+_DAMAGED = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 class DataError(ValueError):
-    """A record that cannot be trained on; the message names the record, the reason and the remedy."""
+    """Data that cannot be trained on; the message names it, the reason and the remedy."""
+
+
+class Reason(StrEnum):
+    """Why a record cannot be trained on: what is counted."""
+
+    NOT_A_RECORD = "not a record"
+    CONVERSATION = "no conversation"
+    SPEAKER = "unknown speaker"
+    TEXT = "damaged text"
+    PLACEHOLDERS = "image tokens do not match"
+    SEVERAL = "several pictures"
+    NO_ANSWER = "empty answer"
+    TEMPLATE = "refused by the chat template"
+    CUT = "picture or every answer cut off"
+    OUTSIDE = "picture outside the folder"
+    MISSING = "picture missing"
+    UNREADABLE = "picture unreadable"
+    TOO_LARGE = "picture too large"
+    TOO_SMALL = "picture too small"
+    TOO_NARROW = "picture too narrow"
+
+
+class BrokenRecord(DataError):
+    """A record that is left out of training; `reason` is what it is counted under."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -35,42 +69,43 @@ class Sample:
     input_ids_T: list[int]
     labels_T: list[int]
     pixels_CHW: np.ndarray[Any, np.dtype[np.float32]] | None
+    sample_id: str = "unnamed"  # for messages
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read LLaVA JSON (a list) or JSONL (a record a line). Raises DataError naming the file and the reason."""
-    records: list[dict[str, Any]]
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file; give data.records a LLaVA-format JSON or JSONL file") from None
-    try:
-        if text.lstrip().startswith("["):
-            records = json.loads(text)
-        else:
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not valid JSON ({error}); expected a list of records, or a record a line") from None
-    if not records:
-        raise DataError(f"{path}: holds no records; there is nothing to train on")
-    return records
+def picture_of(record: dict[str, Any]) -> str | None:
+    """The record's picture as it names it, a list of one included; None without. Raises BrokenRecord for several."""
+    image = record.get("image")
+    if isinstance(image, list):
+        if len(image) > 1:
+            raise BrokenRecord(
+                Reason.SEVERAL, f"{_name(record)}: names {len(image)} pictures; one a record is supported"
+            )
+        image = image[0] if image else None
+    if image is not None and not isinstance(image, str):
+        raise BrokenRecord(Reason.NOT_A_RECORD, f"{_name(record)}: image is {image!r}, expected the path of a file")
+    return _sound(record, image) if image else None
 
 
 def to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Turn a LLaVA record into chat messages; the picture's place becomes an image part before the text.
 
-    Raises DataError for an unknown speaker, or where placeholders and pictures do not match.
+    An assistant turn that nobody asked for is left out at the beginning, as LLaVA does. Raises BrokenRecord for a turn
+    that cannot be read or learned from, or where placeholders and pictures do not match.
     """
-    name = record.get("id", "record without id")
-    pictures = 1 if record.get("image") else 0
+    name = _name(record)
+    pictures = 0 if picture_of(record) is None else 1
     messages: list[dict[str, Any]] = []
     placeholders = 0
-    for turn in record.get("conversations") or []:
-        role = ROLES.get(turn.get("from", ""))
-        if role is None:
-            raise DataError(f"{name}: a turn is from {turn.get('from')!r}; known speakers are {', '.join(ROLES)}")
-        text = turn.get("value") or ""
-        here = text.count(PLACEHOLDER) if role == "user" else 0
+    for role, text in _turns(record):
+        here = text.count(PLACEHOLDER)
+        if here and role != "user":
+            raise BrokenRecord(
+                Reason.PLACEHOLDERS, f"{name}: {PLACEHOLDER} in a turn of the {role}; it belongs to the human"
+            )
+        if role == "assistant" and not any(message["role"] == "user" for message in messages):
+            continue
+        if role == "assistant" and not text.strip():
+            raise BrokenRecord(Reason.NO_ANSWER, f"{name}: an answer is empty; it would teach to say nothing")
         placeholders += here
         if here:
             text = text.replace(PLACEHOLDER, "").strip()
@@ -78,13 +113,59 @@ def to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
         else:
             messages.append({"role": role, "content": text})
     if placeholders != pictures:
-        raise DataError(
+        raise BrokenRecord(
+            Reason.PLACEHOLDERS,
             f"{name}: {placeholders} {PLACEHOLDER} placeholders for {pictures} pictures; "
-            "exactly one placeholder in a human turn is supported, or none without a picture"
+            "exactly one placeholder in a human turn is supported, or none without a picture",
         )
-    if not any(message["role"] == "assistant" and message["content"] for message in messages):
-        raise DataError(f"{name}: no assistant turn with text; there is nothing to learn from it")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BrokenRecord(
+            Reason.NO_ANSWER, f"{name}: no assistant turn after a question; there is nothing to learn from it"
+        )
     return messages
+
+
+def _turns(record: dict[str, Any]) -> list[tuple[str, str]]:
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise BrokenRecord(
+            Reason.CONVERSATION, f"{_name(record)}: conversations is not a list of turns, each with from and value"
+        )
+    read = []
+    for turn in turns:
+        speaker, text = turn.get("from"), turn.get("value")
+        role = ROLES.get(speaker) if isinstance(speaker, str) else None
+        if role is None:
+            raise BrokenRecord(
+                Reason.SPEAKER, f"{_name(record)}: a turn is from {speaker!r}; known speakers are {', '.join(ROLES)}"
+            )
+        if text is not None and not isinstance(text, str):
+            raise BrokenRecord(Reason.CONVERSATION, f"{_name(record)}: a turn's value is {text!r:.40}, expected text")
+        read.append((role, _sound(record, text or "")))
+    return read
+
+
+def _sound(record: dict[str, Any], text: str) -> str:
+    """The text, unless it holds NULs or halves of surrogate pairs: a file damaged on its way, or no text at all."""
+    if _DAMAGED.search(text):
+        raise BrokenRecord(
+            Reason.TEXT, f"{_name(record)}: NUL or half a character in its text; the file is damaged there"
+        )
+    return text
+
+
+def _name(record: dict[str, Any]) -> str:
+    return f"{record.get('id', 'record without id')!s:.80}"
+
+
+def grouping_length(record: dict[str, Any]) -> int:
+    """The length to group a sound record by, without a tokenizer: characters, negative without a picture.
+
+    The sign sorts text-only samples together, as LLaVA groups by modality. LLaVA counts words; characters follow tokens
+    where there are no spaces too.
+    """
+    size = sum(len(turn.get("value") or "") for turn in record["conversations"])
+    return size if record.get("image") else -size
 
 
 class ConversationEncoder:
@@ -103,50 +184,133 @@ class ConversationEncoder:
     ) -> None:
         self._tokenizer = tokenizer
         self._image_token = image_token
+        self._image_token_id = tokenizer.get_vocab().get(image_token, NO_TOKEN)
+        self._tokens_per_picture = tokens_per_picture
         self._pictures_text = image_token * tokens_per_picture
         self._max_length = max_length
 
     def encode(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
         """Token ids and labels [T] of a conversation, cut to `max_length`.
 
-        Raises DataError where the chat template rewrites earlier turns, so that no span can be told.
+        Raises BrokenRecord where the chat template refuses the turns or rewrites earlier ones, so that no span can be
+        told, and where the cut leaves no answer or a part of a picture.
         """
+        ids_T, labels_T = self._whole(messages)
+        if self._supervised(ids_T, labels_T) == 0:
+            raise self.cut_off(len(ids_T))
+        return ids_T[: self._max_length], labels_T[: self._max_length]
+
+    def measure(self, messages: list[dict[str, Any]]) -> tuple[int, int]:
+        """Tokens of the whole conversation, and how many are supervised once it is cut (0: `encode` raises `cut_off`).
+
+        Raises BrokenRecord as `encode` does otherwise.
+        """
+        ids_T, labels_T = self._whole(messages)
+        return len(ids_T), self._supervised(ids_T, labels_T)
+
+    def cut_off(self, tokens: int) -> BrokenRecord:
+        """What is said of a conversation of which the cut leaves nothing to learn from."""
+        return BrokenRecord(
+            Reason.CUT,
+            f"cut from {tokens} tokens to max_length {self._max_length} it loses every answer, or part of its picture; "
+            "raise max_length of data",
+        )
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest conversation in tokens; longer ones are cut."""
+        return self._max_length
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what the encoding depends on: vocabulary, chat template, tokens a picture, longest length."""
+        vocabulary = sorted(self._tokenizer.get_vocab().items())
+        rules = [self._tokenizer.chat_template, self._pictures_text, self._max_length, self._tokenizer.eos_token_id]
+        return hashlib.sha256(json.dumps([vocabulary, rules]).encode()).hexdigest()
+
+    def _supervised(self, ids_T: list[int], labels_T: list[int]) -> int:
+        """Supervised tokens of the first `max_length`; none where a picture is not whole there."""
+        if self._image_token_id in ids_T[len(ids_T) if self._max_length is None else self._max_length :]:
+            return 0
+        return sum(label != IGNORED for label in labels_T[: self._max_length])
+
+    def _whole(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
         spans = []
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 before = self._render(messages[:index], generation=True)
                 spans.append((before, self._render(messages[: index + 1], generation=False)))
         whole = self._render(messages, generation=False)
-        encoded = self._tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self._tokenizer(
+            whole, add_special_tokens=self._adds_bos(whole), return_offsets_mapping=True, verbose=False
+        )
         ids_T: list[int] = encoded["input_ids"]
+        self._check_pictures(messages, ids_T)
         labels_T = [IGNORED] * len(ids_T)
         for before, until in spans:
             if not (until.startswith(before) and whole.startswith(until)):
-                raise DataError(
+                raise BrokenRecord(
+                    Reason.TEMPLATE,
                     "the chat template changes earlier turns when a turn is added, so assistant turns cannot be told "
-                    "apart; use a template that only appends (ChatML does)"
+                    "apart; use a template that only appends (ChatML does)",
+                )
+            if str(self._tokenizer.eos_token or "") not in until[len(before) :]:  # so it is with LLaVA-1.5's own
+                raise BrokenRecord(
+                    Reason.TEMPLATE,
+                    f"the chat template ends no answer with {self._tokenizer.eos_token}, so that the student would "
+                    "never learn to stop; write {{ eos_token }} behind the assistant's text in chat_template.jinja",
                 )
             self._supervise(ids_T, labels_T, encoded["offset_mapping"], len(before), len(until))
-        return ids_T[: self._max_length], labels_T[: self._max_length]
+        return ids_T, labels_T
 
     def encode_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation up to where the assistant answers."""
-        ids_T: list[int] = self._tokenizer(self._render(messages, generation=True), add_special_tokens=False)[
-            "input_ids"
-        ]
+        text = self._render(messages, generation=True)
+        ids_T: list[int] = self._tokenizer(text, add_special_tokens=self._adds_bos(text))["input_ids"]
         return ids_T
 
     def _supervise(
         self, ids_T: list[int], labels_T: list[int], offsets_T: list[tuple[int, int]], start: int, end: int
     ) -> None:
-        for token, (left, right) in enumerate(offsets_T):
-            if left >= start and right <= end:
-                labels_T[token] = ids_T[token]
-                if ids_T[token] == self._tokenizer.eos_token_id:
-                    return
+        for token in range(bisect_left(offsets_T, (start, start)), len(ids_T)):
+            if offsets_T[token][1] > end:
+                return
+            labels_T[token] = ids_T[token]
+            if ids_T[token] == self._tokenizer.eos_token_id:
+                return
+
+    def _check_pictures(self, messages: list[dict[str, Any]], ids_T: list[int]) -> None:
+        pictures = sum(
+            part["type"] == "image"
+            for message in messages
+            if not isinstance(message["content"], str)
+            for part in message["content"]
+        )
+        found, expected = ids_T.count(self._image_token_id), pictures * self._tokens_per_picture
+        if found != expected:
+            raise BrokenRecord(
+                Reason.PLACEHOLDERS,
+                f"{found} image tokens where its pictures take {expected}; its text holds {self._image_token}, or the "
+                "chat template has no place for a picture",
+            )
+
+    def _adds_bos(self, text: str) -> bool:
+        """As transformers does it: Llama's tokenizer puts its BOS token in front, unless the template has."""
+        bos = self._tokenizer.bos_token
+        return bos is not None and not text.startswith(bos)
 
     def _render(self, messages: list[dict[str, Any]], *, generation: bool) -> str:
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        # Parts, never bare text: LLaVA-1.5's own templates read nothing else, and drop bare text without a word.
+        spelled = [
+            message | {"content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message["content"], str)
+            else message
+            for message in messages
+        ]
+        try:
+            text = self._tokenizer.apply_chat_template(spelled, tokenize=False, add_generation_prompt=generation)
+        except TemplateError as error:
+            raise BrokenRecord(Reason.TEMPLATE, f"the chat template refuses these turns: {error}") from None
         return str(text).replace(self._image_token, self._pictures_text)
 
 
@@ -159,8 +323,10 @@ class ConversationDataset(Dataset[Sample]):
         pictures: Path,
         encoder: ConversationEncoder,
         preprocessing: Preprocessing,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         self._records = records
+        self._lengths = lengths
         self._pictures = pictures
         self._encoder = encoder
         self._preprocessing = preprocessing
@@ -168,31 +334,30 @@ class ConversationDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self._records)
 
-    def lengths(self) -> list[int]:
-        """Each record's length in characters, near enough to group samples by; negative without a picture.
-
-        The sign sorts text-only samples together, as LLaVA groups by modality.
-        """
-        signs = (1 if record.get("image") else -1 for record in self._records)
-        sizes = (sum(len(turn.get("value") or "") for turn in record["conversations"]) for record in self._records)
-        return [sign * size for sign, size in zip(signs, sizes, strict=True)]
+    def lengths(self) -> Sequence[int]:
+        """Each record's `grouping_length`: the ones that were handed in, or read from the records."""
+        return [grouping_length(record) for record in self._records] if self._lengths is None else self._lengths
 
     def __getitem__(self, index: int) -> Sample:
         record = self._records[index]
         ids_T, labels_T = self._encoder.encode(to_messages(record))
-        if not record.get("image"):
-            return Sample(ids_T, labels_T, None)
+        name = picture_of(record)
+        return Sample(ids_T, labels_T, None if name is None else self._pixels(record, name), _name(record))
+
+    def _pixels(self, record: dict[str, Any], name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         try:
-            picture = open_picture(self._pictures / record["image"])
+            return to_pixels(open_picture(self._pictures / name), self._preprocessing)
         except PictureError as error:
-            raise DataError(f"record {record.get('id', index)}: {error}") from None
-        return Sample(ids_T, labels_T, to_pixels(picture, self._preprocessing))
+            raise BrokenRecord(Reason.UNREADABLE, f"{_name(record)}: {error}") from None
 
 
-def collator(padding_id: int) -> Callable[[Sequence[Sample]], dict[str, Tensor]]:
-    """A collator that pads on the right: input_ids, attention_mask, labels [B, T]; pixel_values [P, C, H, W] if any."""
+def collator(padding_id: int) -> Callable[[Sequence[Sample]], dict[str, Any]]:
+    """A collator that pads on the right: input_ids, attention_mask, labels [B, T]; pixel_values [P, C, H, W] if any.
 
-    def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    `sample_ids`, a list of B names, is for messages and not for the model.
+    """
+
+    def collate(samples: Sequence[Sample]) -> dict[str, Any]:
         length = max(len(sample.input_ids_T) for sample in samples)
         input_ids_BT = torch.full((len(samples), length), padding_id)
         labels_BT = torch.full((len(samples), length), IGNORED)
@@ -202,7 +367,8 @@ def collator(padding_id: int) -> Callable[[Sequence[Sample]], dict[str, Tensor]]
             input_ids_BT[row, :end] = torch.tensor(sample.input_ids_T)
             labels_BT[row, :end] = torch.tensor(sample.labels_T)
             attention_BT[row, :end] = 1
-        batch = {"input_ids": input_ids_BT, "attention_mask": attention_BT, "labels": labels_BT}
+        batch: dict[str, Any] = {"input_ids": input_ids_BT, "attention_mask": attention_BT, "labels": labels_BT}
+        batch["sample_ids"] = [sample.sample_id for sample in samples]
         pictures = [torch.from_numpy(sample.pixels_CHW) for sample in samples if sample.pixels_CHW is not None]
         return batch | ({"pixel_values": torch.stack(pictures)} if pictures else {})
 

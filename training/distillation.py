@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from switchkd.export.projectors import tokens_per_picture
 
-from .alignment import at_supervised, respell, supervised
+from .alignment import at_supervised, respell, supervised, with_blank_picture
 from .objectives import Objective, Positions, Terms, Widths
 from .picture_views import first_attention, lay_out, picture_view, pictures
+from .spread import COUNTS
 from .switch import (
     check_pair,
     embed,
@@ -36,10 +38,14 @@ LOGITS_AT_ONCE = 2**25
 
 
 class DistillationOutput(TypedDict):
-    """`loss`, 0-dim with its graph, and `terms`, each a detached 0-dim mean over the supervised positions."""
+    """`loss`, 0-dim with its graph; `terms`, each a detached 0-dim mean over the supervised positions; `counts` of k.
+
+    `counts` are what `spread.count_k` found at the supervised positions, by the names of their terms.
+    """
 
     loss: Tensor
     terms: Terms
+    counts: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class _Pathway:
     mask_BT: Tensor
     labels_BT: Tensor
     tokens_PLD: Tensor | None
+    embeds_BTD: Tensor
     hidden_BTD: Tensor
 
 
@@ -89,23 +96,43 @@ class Distillation(nn.Module):
                 same_tokens=objective.needs_visual_logits or objective.needs_pictures,
             )
             self.teacher.requires_grad_(False).eval()
+            if "encoder" in self.adapters and not self._encoder_trains():
+                self.adapters["encoder"].requires_grad_(False)  # the switch pass will not be run
+        self._recomputed: list[nn.Module] = []
         self.register_state_dict_post_hook(_leave_out_teacher)
-        self.register_load_state_dict_post_hook(_expect_no_teacher)
+        self.register_load_state_dict_post_hook(_expect_what_trains)
 
     def train(self, mode: bool = True) -> "Distillation":
         """Set the student's mode; the teacher stays in eval mode."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
+            # A layer recomputes only in training. Its parts stay in eval mode, so that it computes what it did.
+            for layer in self._recomputed:
+                layer.training = mode
         return self
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:
-        """Recompute the student's activations in the backward; the Trainer calls this for `gradient_checkpointing`."""
-        self.student.activation_checkpointing_enable(**settings)
+        """Recompute activations in the backward, in the student and in the switch pass through the teacher.
+
+        The Trainer calls this for `gradient_checkpointing`.
+        """
+        self._recompute("activation_checkpointing_enable", settings)
 
     def gradient_checkpointing_enable(self, **settings: Any) -> None:
         """The name of the same in older releases of transformers."""
-        self.student.gradient_checkpointing_enable(**settings)
+        self._recompute("gradient_checkpointing_enable", settings)
+
+    def _recompute(self, enable: str, settings: dict[str, Any]) -> None:
+        getattr(self.student, enable)(**settings)
+        if self.teacher is not None and self.objective.needs_switch:
+            language_model = self.teacher.model.language_model
+            getattr(language_model, enable)(**settings)
+            language_model.disable_input_require_grads()  # the features bring theirs; words need none
+            self._recomputed = [
+                part for part in language_model.modules() if isinstance(part, GradientCheckpointingLayer)
+            ]
+            self.train(self.training)
 
     def forward(
         self,
@@ -130,14 +157,15 @@ class Distillation(nn.Module):
             raise ValueError(
                 f"{int(has_picture_B.sum())} rows have image tokens and there are no pixel_values; give both"
             )
+        if pixel_values is None and self._must_see():
+            input_ids, attention_mask, labels, pixel_values = self._blank(input_ids, attention_mask, labels)
+            has_picture_B = (input_ids == self.student.config.image_token_index).any(1)
         order_B = has_picture_B.argsort(descending=True, stable=True)
         spelling = input_ids[order_B], attention_mask[order_B], labels[order_B]
         features_PLE = None if pixel_values is None else visual_features(self.student, pixel_values)
         student = _run(self.student, spelling, features_PLE)
         labels_N = student.labels_BT[:, 1:][supervised(student.labels_BT)]
         student_ND = at_supervised(student.hidden_BTD, student.labels_BT)
-        if self.training and torch.distributed.is_initialized():
-            student_ND = student_ND + self._unused(pictures=pixel_values is not None)
         teacher_ND = switch_MD = None
         on_pictures: Terms = {}
         if self.teacher is not None:
@@ -151,9 +179,10 @@ class Distillation(nn.Module):
                 on_pictures = self._compare_pictures(student, teacher)
         at_positions = self._in_chunks(self._at_positions, labels_N, student_ND, teacher_ND, switch_MD)
         sums = _add(at_positions, on_pictures)
+        counts = {name.removesuffix(COUNTS): sums.pop(name) for name in list(sums) if name.endswith(COUNTS)}
         count = max(len(labels_N), 1)
         loss = sums.pop("loss") / (count if num_items_in_batch is None else num_items_in_batch)
-        return {"loss": loss, "terms": {name: value / count for name, value in sums.items()}}
+        return {"loss": loss, "terms": {name: value / count for name, value in sums.items()}, "counts": counts}
 
     def _as_teacher(self, spelling: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The same rows with as many visual tokens a picture as the teacher has."""
@@ -195,29 +224,42 @@ class Distillation(nn.Module):
         if not self.objective.needs_attention:
             return None
         with torch.set_grad_enabled(torch.is_grad_enabled() and model is self.student):
-            return first_attention(model, embed(model, pathway.ids_BT, pathway.tokens_PLD), pathway.mask_BT)
+            return first_attention(model, pathway.embeds_BTD, pathway.mask_BT)
 
-    def _unused(self, *, pictures: bool) -> Tensor:
-        """Return 0 with what this batch may leave out in its graph: adapters, and without pictures the encoder.
+    def _must_see(self) -> bool:
+        """Whether a batch of text alone must run what pictures run, so that all ranks do the same.
 
-        Gradients are exchanged parameter by parameter: a rank without one for its encoder keeps the others waiting.
+        DDP and ZeRO exchange gradients parameter by parameter: a rank without one for its encoder keeps the others
+        waiting. One process does it too, since AdamW moves a parameter with a gradient of 0 and skips one with none.
         """
-        zero = torch.stack([self.student.lm_head.weight.new_zeros(()), *(p.sum() for p in self.adapters.parameters())])
-        if pictures:
-            return 0 * zero.sum()
-        vision: Any = self.student.config.vision_config
-        size = vision.image_size
-        pixels_PCHW = self.student.lm_head.weight.new_zeros(1, vision.num_channels, size, size)
-        return 0 * (zero.sum() + visual_tokens(self.student, visual_features(self.student, pixels_PCHW)).sum())
+        sight = (self.student.model.vision_tower, self.student.model.multi_modal_projector, self.adapters)
+        learns = any(parameter.requires_grad for part in sight for parameter in part.parameters())
+        return self.training and (learns or self._is_partitioned())
+
+    def _is_partitioned(self) -> bool:
+        """Whether ZeRO-3 holds the weights: it gathers them module by module, so all ranks must run the same ones."""
+        return hasattr(self.student.lm_head.weight, "ds_id")
+
+    def _blank(self, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The batch and one row more, of a blank picture with nothing to learn from; pixels [1, C, H, W] come last."""
+        config: Any = self.student.config
+        size = config.vision_config.image_size
+        pixels_PCHW = torch.zeros(1, config.vision_config.num_channels, size, size, device=ids_BT.device)
+        tokens = tokens_per_picture(config)
+        return (*with_blank_picture(ids_BT, mask_BT, labels_BT, config.image_token_index, tokens), pixels_PCHW)
 
     def _runs_switch(self) -> bool:
         """Evaluation reports the term; training runs the pass only if the encoder can learn from it."""
-        encoder_trains = any(parameter.requires_grad for parameter in self.student.model.vision_tower.parameters())
-        return self.objective.needs_switch and (encoder_trains or not self.training)
+        return self.objective.needs_switch and (self._encoder_trains() or not self.training)
+
+    def _encoder_trains(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.student.model.vision_tower.parameters())
 
     def _in_chunks(self, function: Callable[..., Terms], *tensors: Tensor | None) -> Terms:
         """Sum what the function gives for every chunk of positions; tensors' first dimension is positions, or None."""
         count, step = max(len(tensor) for tensor in tensors if tensor is not None), self.chunk_positions
+        if self._is_partitioned():
+            count = _largest(count, self.student.lm_head.weight.device)
         if count <= step:
             return function(*tensors)
         sums: Terms = {}
@@ -234,7 +276,7 @@ class Distillation(nn.Module):
         if self.teacher is not None and teacher_ND is not None:
             with torch.no_grad():
                 teacher_NV = self.teacher.lm_head(teacher_ND)
-            if switch_MD is not None and len(switch_MD):
+            if switch_MD is not None:
                 switch_MV = self.teacher.lm_head(switch_MD)
         return self.objective(Positions(labels_N, self.student.lm_head(student_ND), teacher_NV, switch_MV))
 
@@ -250,12 +292,20 @@ def _run(
 ) -> _Pathway:
     ids_BT, mask_BT, labels_BT = spelling
     tokens_PLD = None if features_PLE is None else visual_tokens(model, features_PLE)
-    return _Pathway(ids_BT, mask_BT, labels_BT, tokens_PLD, last_hidden(model, ids_BT, mask_BT, tokens_PLD))
+    embeds_BTD = embed(model, ids_BT, tokens_PLD)
+    return _Pathway(ids_BT, mask_BT, labels_BT, tokens_PLD, embeds_BTD, last_hidden(model, embeds_BTD, mask_BT))
 
 
 def _add(one: Terms, other: Terms) -> Terms:
     common = {name: one[name] + other[name] for name in one.keys() & other.keys()}
     return one | other | common
+
+
+def _largest(count: int, device: torch.device) -> int:
+    """The largest count of all ranks."""
+    counts = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX)
+    return int(counts)
 
 
 def _widths(model: LlavaForConditionalGeneration) -> Widths:
@@ -268,7 +318,9 @@ def _leave_out_teacher(_module: nn.Module, state: dict[str, Any], prefix: str, _
         del state[key]
 
 
-def _expect_no_teacher(_module: nn.Module, incompatible: Any) -> None:
+def _expect_what_trains(module: nn.Module, incompatible: Any) -> None:
     # A wrapper such as DDP puts its own prefix before ours.
+    parameters = module.named_parameters(remove_duplicate=False)
+    frozen = tuple(f".{name}" for name, parameter in parameters if not parameter.requires_grad)
     missing = incompatible.missing_keys
-    missing[:] = [key for key in missing if not f".{key}".startswith(".teacher.") and ".teacher." not in key]
+    missing[:] = [key for key in missing if ".teacher." not in f".{key}" and not f".{key}".endswith(frozen)]

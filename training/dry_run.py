@@ -22,7 +22,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from .recipe import DataRecipe, ModelRecipe, Recipe, StageRecipe
+from .recipe import DataRecipe, ModelRecipe, Recipe, StageRecipe, TeacherRecipe
 from .vlm import build_vlm
 from .world.dataset import WorldSettings, write_world
 from .world.encoder_pretraining import write_image_processor
@@ -49,7 +49,10 @@ def shrink(recipe: Recipe, folder: Path) -> Recipe:
         assert parts.language_model is not None
         vlm = build_vlm(parts.encoder, parts.language_model, drop_first_patch=parts.drop_first_patch)
         vlm.save(folder / "teacher")
-        teacher = str(folder / "teacher")
+        teacher = TeacherRecipe(str(folder / "teacher"))
+        # A student that starts from the teacher's encoder still does.
+        if recipe.model.encoder == recipe.teacher.checkpoint:
+            model = dataclasses.replace(model, encoder=teacher.checkpoint)
     stages = tuple(_tiny_stage(stage, world) for stage in recipe.stages)
     return dataclasses.replace(recipe, output=str(folder / "output"), model=model, teacher=teacher, stages=stages)
 
@@ -80,6 +83,7 @@ def _tiny_model(model: ModelRecipe, folder: Path, width: int) -> ModelRecipe:
     return dataclasses.replace(
         model,
         checkpoint=None,
+        attn_implementation=None,
         encoder=str(folder / "encoder"),
         language_model=str(folder / "language_model"),
         # Smaller than the encoder's grid, so that it pools, and no divisor of it, as 12 is none of SigLIP's 27.
@@ -114,4 +118,4 @@ def _tiny_stage(stage: StageRecipe, world: Path) -> StageRecipe:
         "use_cpu": not torch.cuda.is_available(),
     }
     data = DataRecipe(records=[str(world / "train.json")], pictures=str(world / "pictures"))
-    return dataclasses.replace(stage, data=data, training=training)
+    return dataclasses.replace(stage, data=data, global_batch=None, training=training)

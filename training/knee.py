@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import knee_cpu
+from .finite import NonFiniteError
 from .knee_cpu import DENSE, first_lowest
 
 # Up to this vocabulary sorting a whole row costs no more than the search for a floor (CPU, measured).
@@ -156,7 +157,7 @@ def _sorted_from(logits_NV: Tensor, floor_N1: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def refuse_non_finite(logits_NV: Tensor, first_row: int = 0) -> None:
-    """Raise ValueError naming the first row that holds NaN or inf; `first_row` is the number of the first."""
+    """Raise NonFiniteError naming the first row that holds NaN or inf; `first_row` is the number of the first."""
     # NaN and inf never leave a sum. Large finite logits can overflow it, so a bad sum only asks for a closer look.
     dtype = torch.promote_types(logits_NV.dtype, torch.float32)
     if logits_NV.numel() == 0 or bool(logits_NV.detach().sum(dtype=dtype).isfinite()):
@@ -164,7 +165,7 @@ def refuse_non_finite(logits_NV: Tensor, first_row: int = 0) -> None:
     bad_N = logits_NV.isfinite().logical_not().sum(1)
     if bool(bad_N.any()):
         row = int(bad_N.nonzero()[0, 0])
-        raise ValueError(
+        raise NonFiniteError(
             f"row {first_row + row} has {int(bad_N[row])} logits that are NaN or inf, so it has no knee; look for a "
             "too high learning rate or fp16 overflow, and leave tokens out by cutting the vocabulary, not by -inf"
         )

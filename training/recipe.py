@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import os
@@ -12,10 +13,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
+from transformers import TrainingArguments
 
 from switchkd.export.projectors import GRID, LDPV2, MLP, PROJECTORS
 
+from .objectives import build_objective
 from .vlm import PARTS
+
+ACCUMULATION = "gradient_accumulation_steps"
+DTYPES = ("bfloat16", "float16", "float32")
+QUANTIZATIONS = ("8bit", "4bit")
+CHECKS = ("full", "headers")  # of the pictures, before training
+DATA_CHECK = "data-check"  # beside the stages' folders: what was found in the data
+LOGS = "logs"  # beside the stages' folders: what TensorBoard reads
 
 
 class RecipeError(ValueError):
@@ -37,6 +47,7 @@ class ModelRecipe:
 
     Each is a folder or a hub id. The rest applies when it is put together: `vision_feature_layer`, `drop_first_patch`,
     and `projector`, LLaVA's "mlp" or "ldpv2", which pools the visual tokens to `projector_grid` on a side.
+    `attn_implementation` is transformers' name of the attention kernels: "sdpa" (also null), "flash_attention_2", …
     """
 
     checkpoint: str | None = None
@@ -46,6 +57,7 @@ class ModelRecipe:
     drop_first_patch: bool = False
     projector: str = MLP
     projector_grid: int = GRID
+    attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
         pair = self.encoder is not None and self.language_model is not None
@@ -71,26 +83,84 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True)
+class TeacherRecipe:
+    """The frozen teacher, a LLaVA folder or hub id, and how it is held. A recipe may give the name alone.
+
+    `dtype` is one of DTYPES (null: bfloat16 where the stage trains in it, else float32: a copy in float32 is of no use
+    to a model that never moves). `quantization`, "8bit" or "4bit" (NF4), holds its language model in bitsandbytes'
+    weights; the gradient of the switch pass still flows through them.
+    """
+
+    checkpoint: str
+    dtype: str | None = None
+    quantization: str | None = None
+    attn_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("dtype", DTYPES), ("quantization", QUANTIZATIONS)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise RecipeError(f"teacher: {name} is {value!r}, expected one of {', '.join(known)}, or null")
+
+    @classmethod
+    def from_plain(cls, given: Any) -> Self | None:
+        """From a recipe's value: a checkpoint's name, or keys and values, or null. Raises RecipeError."""
+        if given is None or isinstance(given, cls):
+            return given
+        teacher: Self = build(cls, {"checkpoint": given} if isinstance(given, str) else given, "teacher")
+        return teacher
+
+    def to_plain(self) -> str | dict[str, Any]:
+        """As a recipe gives it: the name alone where there is nothing else to say."""
+        return self.checkpoint if self == type(self)(self.checkpoint) else dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
 class DataRecipe:
-    """LLaVA-format records (JSON or JSONL files) and the folder their pictures are in."""
+    """LLaVA-format records (JSON or JSONL files), the folder their pictures are in, and what counts as broken.
+
+    Before the first step every record is checked; broken ones are left out, and above the share `max_broken` the run
+    stops. `check` "full" decodes every picture; "headers" reads the beginning and the end of JPEG and PNG files, and so
+    misses damage in between. A picture is broken with more than `max_pixels` (25 million are 75 MB in each worker, and
+    170 times what a model of 384 pixels sees), with a side below `min_side` (placeholders for missing pictures), or
+    with one side above `max_aspect` times the other. `follow_links` takes pictures that symbolic links lead to outside
+    the folder.
+    """
 
     records: list[str]
     pictures: str | None = None
     max_length: int | None = None
+    check: str = "full"
+    max_broken: float = 0.01
+    max_pixels: int = 25_000_000
+    min_side: int = 8
+    max_aspect: float = 200.0
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.records, str):
             object.__setattr__(self, "records", [self.records])
+        if self.check not in CHECKS:
+            raise RecipeError(f"data: check is {self.check!r}, expected {' or '.join(CHECKS)}")
+        if not 0 <= self.max_broken <= 1:
+            raise RecipeError(f"data: max_broken is {self.max_broken!r}, expected a share of 0 to 1; 0.01 is 1 %")
+        for name in ("max_pixels", "min_side", "max_aspect", *(("max_length",) if self.max_length is not None else ())):
+            if not getattr(self, name) >= 1:
+                raise RecipeError(f"data: {name} is {getattr(self, name)!r}, expected 1 or more")
 
 
 @dataclass(frozen=True)
 class StageRecipe:
-    """One stage: which parts train, with which objective, on which data, and `transformers.TrainingArguments`."""
+    """One stage: which parts train, with which objective, on which data, and `transformers.TrainingArguments`.
+
+    With `global_batch`, the samples of an optimizer step over all processes, gradient accumulation follows from it.
+    """
 
     name: str
     train: tuple[str, ...]
     objective: dict[str, Any]
     data: DataRecipe
+    global_batch: int | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,8 +172,41 @@ class StageRecipe:
             raise RecipeError(f"stage {self.name}: train is empty; name at least one of {', '.join(PARTS)}")
         if "name" not in self.objective:
             raise RecipeError(f"stage {self.name}: objective has no name; give for example name: switch_kd")
-        if os.sep in self.name or self.name in ("", ".", ".."):
+        if os.sep in self.name or self.name in ("", ".", "..", LOGS, DATA_CHECK):
             raise RecipeError(f"stage name {self.name!r} cannot be a folder name")
+        check_keys(self.training, list(TrainingArguments.__dataclass_fields__), f"stage {self.name}: training")
+        try:
+            build_objective(**self.objective)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"stage {self.name}: objective: {error}") from None
+        if self.global_batch is not None:
+            self._check_global_batch(self.global_batch)
+
+    def _check_global_batch(self, size: int) -> None:
+        if not isinstance(size, int) or size < 1:
+            raise RecipeError(f"stage {self.name}: global_batch is {size!r}, expected samples a step, such as 128")
+        if self.training.get(ACCUMULATION) is not None:
+            raise RecipeError(
+                f"stage {self.name}: global_batch is {size} and training has {ACCUMULATION}, which follows from it; "
+                "leave one of them out (null takes a value away that the recipe's base has)"
+            )
+
+    def training_on(self, processes: int) -> dict[str, Any]:
+        """`training` for so many processes, accumulation filled in from `global_batch`. Raises RecipeError.
+
+        The product of batch a device, processes and accumulation is the batch of an optimizer step.
+        """
+        if self.global_batch is None:
+            return self.training
+        device = int(self.training.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size))
+        accumulation, left = divmod(self.global_batch, device * processes)
+        if left or not accumulation:
+            raise RecipeError(
+                f"stage {self.name}: global_batch {self.global_batch} is no multiple of {device * processes}, "
+                f"per_device_train_batch_size {device} × {processes} processes; choose a batch a device that divides "
+                f"{self.global_batch / processes:g}"
+            )
+        return self.training | {ACCUMULATION: accumulation}
 
 
 @dataclass(frozen=True)
@@ -116,7 +219,7 @@ class Recipe:
     output: str
     model: ModelRecipe
     stages: tuple[StageRecipe, ...]
-    teacher: str | None = None
+    teacher: TeacherRecipe | None = None
     root: str = "."
     seed: int = 0
 
@@ -124,15 +227,20 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) != len(names):
             raise RecipeError(f"stages are {names}; give at least one, each with a name of its own")
+        for stage in self.stages:
+            if self.teacher is None and build_objective(**stage.objective).needs_teacher:
+                needy = stage.objective["name"]
+                raise RecipeError(f"stage {stage.name}: {needy} needs a teacher; give teacher: FOLDER")
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> Self:
         """Build and check a recipe; unknown keys are refused with the nearest known one. Raises RecipeError."""
         check_keys(given, _fields(cls), "recipe")
-        values = _fill_root(given, str(given.get("root", ".")))
-        values["model"] = _build(ModelRecipe, values.get("model"), "model")
+        values = fill_root(given, str(given.get("root", ".")))
+        values["model"] = build(ModelRecipe, values.get("model"), "model")
+        values["teacher"] = TeacherRecipe.from_plain(values.get("teacher"))
         values["stages"] = tuple(_stage(stage, index) for index, stage in enumerate(values.get("stages") or []))
-        recipe: Self = _build(cls, values, "recipe")
+        recipe: Self = build(cls, values, "recipe")
         return recipe
 
     def with_max_steps(self, steps: int) -> Self:
@@ -149,6 +257,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML takes them."""
         plain = dataclasses.asdict(self)
+        plain["teacher"] = None if self.teacher is None else self.teacher.to_plain()
         plain["stages"] = [stage | {"train": list(stage["train"])} for stage in plain["stages"]]
         return plain
 
@@ -162,18 +271,94 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
 
     A stage's keys are reached by its name: `stages.pt.training.learning_rate=1e-3`. Raises RecipeError.
     """
-    path = find_recipe(source)
+    given = build_on(read_yaml(find_recipe(source)))
+    for text in overrides or []:
+        override(given, text)
+    return Recipe.from_dict(given)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file's keys and values, with the full path of every `base` that lies beside the file. Raises RecipeError."""
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(given, dict):
         raise RecipeError(f"{path}: expected keys and values at the top, got {type(given).__name__}")
-    # YAML anchors make two stages share one object; copied apart, an override changes the one that it names.
-    given = _fill_root(given, "{root}")
-    for override in overrides or []:
-        _override(given, override)
-    return Recipe.from_dict(given)
+    return _locate_bases(given, path.parent)  # type: ignore[no-any-return]
+
+
+def _locate_bases(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_locate_bases(item, folder) for item in value]
+    if not isinstance(value, dict):
+        return value
+    located = {key: _locate_bases(item, folder) for key, item in value.items()}
+    if (folder / str(value.get("base"))).is_file():
+        located["base"] = str(folder / str(value["base"]))
+    return located
+
+
+def build_on(given: dict[str, Any], chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe's values over those of its `base`, whose own base comes first; all of it copied. Raises RecipeError."""
+    base: dict[str, Any] = {}
+    if given.get("base") is not None:
+        path = find_recipe(given["base"])
+        if path in chain:
+            raise RecipeError(f"recipes are built on each other: {' → '.join(str(step) for step in (*chain, path))}")
+        base = build_on(read_yaml(path), (*chain, path))
+    values: dict[str, Any] = merge(base, {key: value for key, value in given.items() if key != "base"})
+    if isinstance(values.get("teacher"), str):
+        values["teacher"] = {"checkpoint": values["teacher"]}  # so that what is built on it can change one key of it
+    return values
+
+
+def merge(base: Any, changes: Any) -> Any:
+    """`changes` over `base`: key by key, stages by their names, anything else replaced. Raises RecipeError."""
+    if not isinstance(changes, dict):
+        # YAML anchors make two stages share one object; copied apart, an override changes the one that it names.
+        return copy.deepcopy(changes)
+    merged: dict[str, Any] = copy.deepcopy(base) if isinstance(base, dict) else {}
+    for key, value in changes.items():
+        if key == "stages" and isinstance(value, list):
+            merged[key] = _merge_stages(merged.get(key) or [], value)
+        elif key == "objective" and isinstance(value, dict) and "name" in value:
+            merged[key] = dict(value)  # settings belong to the objective that is named with them
+        else:
+            merged[key] = merge(merged.get(key), value)
+    return merged
+
+
+def _merge_stages(base: list[Any], given: list[Any]) -> list[Any]:
+    """The stages that are given, in their order: each over the base's of its name, or over the one that it is `like`.
+
+    A name alone takes the base's as it is; `like` may also name an earlier stage of the same list.
+    """
+    of_base = _by_name(base)
+    stages: list[Any] = []
+    for entry in given:
+        if not isinstance(entry, (str, dict)):
+            stages.append(entry)  # Recipe.from_dict says what is wrong with it
+        elif isinstance(entry, str):
+            stages.append(merge(_start(entry, of_base), {}))
+        elif "like" in entry:
+            start = _start(entry["like"], of_base | _by_name(stages))
+            stages.append(merge(start, {key: value for key, value in entry.items() if key != "like"}))
+        else:
+            stages.append(merge(of_base.get(entry.get("name")), entry))
+    return stages
+
+
+def _by_name(stages: list[Any]) -> dict[Any, Any]:
+    return {stage["name"]: stage for stage in stages if isinstance(stage, dict) and "name" in stage}
+
+
+def _start(name: Any, known: dict[Any, Any]) -> Any:
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known) or 'none'}"
+    raise RecipeError(f"stages: there is no stage {name!r} to start from; {hint}")
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -189,10 +374,11 @@ def find_recipe(source: str | Path) -> Path:
     raise RecipeError(f"{source}: no such recipe file, and none of the shipped ones: {', '.join(names)}")
 
 
-def _override(given: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(given: dict[str, Any], change: str) -> None:
+    """Set the value that `key.sub=value` names; a stage is reached by its name. Raises RecipeError."""
+    key, equals, text = change.partition("=")
     if not equals or not key:
-        raise RecipeError(f"override {override!r} is not key=value, such as stages.pt.training.max_steps=10")
+        raise RecipeError(f"override {change!r} is not key=value, such as stages.pt.training.max_steps=10")
     value = yaml.safe_load(text)
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
@@ -201,18 +387,16 @@ def _override(given: dict[str, Any], override: str) -> None:
     *path, last = key.split(".")
     for step in path:
         if isinstance(place, list):
-            found = [stage for stage in place if stage.get("name") == step]
+            found = [stage for stage in place if isinstance(stage, dict) and stage.get("name") == step]
             if not found:
-                raise RecipeError(
-                    f"override {override!r}: no stage {step!r}; there are {[s.get('name') for s in place]}"
-                )
+                raise RecipeError(f"override {change!r}: no stage {step!r}; there are {list(_by_name(place))}")
             place = found[0]
         else:
             place = place.setdefault(step, {})
         if not isinstance(place, (dict, list)):
-            raise RecipeError(f"override {override!r}: {step!r} holds {place!r}, which has no keys of its own")
+            raise RecipeError(f"override {change!r}: {step!r} holds {place!r}, which has no keys of its own")
     if isinstance(place, list):
-        raise RecipeError(f"override {override!r}: name a key of a stage, such as stages.pt.training.max_steps")
+        raise RecipeError(f"override {change!r}: name a key of a stage, such as stages.pt.training.max_steps")
     place[last] = value
 
 
@@ -221,16 +405,17 @@ def _stage(given: Any, index: int) -> StageRecipe:
     if not isinstance(given, dict):
         raise RecipeError(f"{where}: expected keys and values, got {given!r}")
     values = dict(given)
-    values["data"] = _build(DataRecipe, values.get("data"), f"{where}.data")
-    stage: StageRecipe = _build(StageRecipe, values, where)
+    values["data"] = build(DataRecipe, values.get("data"), f"{where}.data")
+    stage: StageRecipe = build(StageRecipe, values, where)
     return stage
 
 
-def _fill_root(value: Any, root: str) -> Any:
+def fill_root(value: Any, root: str) -> Any:
+    """The same values, `root` in the place of every `{root}` in a text."""
     if isinstance(value, dict):
-        return {key: _fill_root(item, root) for key, item in value.items()}
+        return {key: fill_root(item, root) for key, item in value.items()}
     if isinstance(value, list):
-        return [_fill_root(item, root) for item in value]
+        return [fill_root(item, root) for item in value]
     return value.replace("{root}", root) if isinstance(value, str) else value
 
 
@@ -238,7 +423,8 @@ def _fields(kind: type) -> list[str]:
     return [item.name for item in dataclasses.fields(kind)]
 
 
-def _build(kind: Any, given: Any, where: str) -> Any:
+def build(kind: Any, given: Any, where: str) -> Any:
+    """A dataclass from keys and values; unknown and missing keys are refused. Raises RecipeError."""
     if not isinstance(given, dict):
         raise RecipeError(f"{where}: expected keys and values ({', '.join(_fields(kind))}), got {given!r}")
     check_keys(given, _fields(kind), where)

@@ -43,11 +43,8 @@ def embed(model: LlavaForConditionalGeneration, input_ids_BT: Tensor, tokens_PLD
     return embeds_BTD.masked_scatter(place_BT1, tokens_PLD)
 
 
-def last_hidden(
-    model: LlavaForConditionalGeneration, input_ids_BT: Tensor, attention_mask_BT: Tensor, tokens_PLD: Tensor | None
-) -> Tensor:
-    """Return hidden_BTD of the model's language model, the visual tokens put in place of the image tokens, in order."""
-    embeds_BTD = embed(model, input_ids_BT, tokens_PLD)
+def last_hidden(model: LlavaForConditionalGeneration, embeds_BTD: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    """Return hidden_BTD of the model's language model."""
     hidden_BTD: Tensor = model.model.language_model(
         inputs_embeds=embeds_BTD, attention_mask=attention_mask_BT, use_cache=False
     ).last_hidden_state
@@ -62,7 +59,8 @@ def switch_hidden(
     The teacher takes no gradient, but it flows through it into `features_PLE`: the student's encoder alone.
     """
     features_PLE = features_PLE.to(teacher.dtype)
-    return last_hidden(teacher, input_ids_BT, attention_mask_BT, visual_tokens(teacher, features_PLE))
+    embeds_BTD = embed(teacher, input_ids_BT, visual_tokens(teacher, features_PLE))
+    return last_hidden(teacher, embeds_BTD, attention_mask_BT)
 
 
 def features_width(model: LlavaForConditionalGeneration) -> int:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
 
+from .checkpoints import CheckpointError
 from .conversations import DataError
+from .finite import NonFiniteError
 from .recipe import Recipe, RecipeError, load_recipe
+from .stopping import EXIT_STOPPED, Stopped
 from .terminal import quiet_libraries
 from .vlm import ModelError
 
-ERRORS: tuple[type[Exception], ...] = (RecipeError, ModelError, DataError)
+ERRORS: tuple[type[Exception], ...] = (RecipeError, ModelError, DataError, NonFiniteError, CheckpointError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one, such as paper/qwen2.5-0.5b")
+    parser.add_argument(
+        "recipe", help="a recipe file, or the name of a shipped one, such as paper/qwen2.5-0.5b-switch-kd"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="KEY=VALUE",
         help="replace a value of the recipe; a stage's by its name: stages.pt.training.learning_rate=1e-3",
     )
@@ -34,13 +41,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; 0 when every stage is finished."""
+    """Run the command; 0 when every stage is finished, EXIT_STOPPED when the same command is to go on."""
     recipe = load_recipe(args.recipe, args.overrides)
     if args.print_config:
         sys.stdout.write(recipe.to_yaml())
         return 0
     quiet_libraries()
-    if args.dry_run:
+    try:
+        return _train(recipe, args.dry_run)
+    except Stopped as stopped:
+        _say(f"switchkd: {stopped}")
+        return EXIT_STOPPED
+
+
+def _train(recipe: Recipe, dry_run: bool) -> int:
+    if dry_run:
         from .dry_run import shrink
 
         with tempfile.TemporaryDirectory(prefix="switchkd-dry-run-") as folder:
@@ -60,4 +75,5 @@ def _run(recipe: Recipe) -> None:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    if os.environ.get("RANK", "0") == "0":  # of a launcher's processes one speaks
+        sys.stderr.write(f"{text}\n")

@@ -33,10 +33,10 @@ from switchkd.export.projectors import (
     tokens_per_picture,
 )
 
+from .chat_templates import end_of_turn, reading_parts
 from .conversations import ConversationEncoder
 
 IMAGE_TOKEN = "<image>"
-END_OF_TURN = "<|im_end|>"
 ENCODERS = ("siglip_vision_model", "clip_vision_model")  # a SigLIP 2 of fixed resolution is a siglip_vision_model
 PARTS = ("encoder", "projector", "language_model")
 
@@ -76,9 +76,14 @@ class Vlm:
         self.processor.save_pretrained(folder)
 
 
-def load_vlm(source: str | Path, *, dtype: torch.dtype | None = None) -> Vlm:
-    """Load a LlavaForConditionalGeneration folder or hub id. Raises ModelError with the remedy."""
-    config = _config(source)
+def load_vlm(source: str | Path, *, dtype: torch.dtype | None = None, **loading: Any) -> Vlm:
+    """Load a LlavaForConditionalGeneration folder or hub id, ours or llava-hf's. Raises ModelError with the remedy.
+
+    `loading` is handed to `from_pretrained`.
+    What older llava-hf folders leave out of the processor (its patch size, the count of image tokens, the tokenizer's
+    chat template) is filled in from the rest of the folder.
+    """
+    config = read_config(source)
     if config.model_type != "llava":
         raise ModelError(
             f"{source}: model type is {config.model_type!r}, expected 'llava' (a checkpoint folder of ours)"
@@ -87,11 +92,32 @@ def load_vlm(source: str | Path, *, dtype: torch.dtype | None = None) -> Vlm:
         kind = llava_class(config)
     except ProjectorError as error:
         raise ModelError(f"{source}: {error}") from None
-    model = kind.from_pretrained(source, dtype=dtype or torch.float32)
-    processor = LlavaProcessor.from_pretrained(source, backend="pil")
-    vlm = Vlm(model, processor)
+    try:
+        loaded: Any = kind.from_pretrained(
+            source, dtype=dtype or torch.float32, use_safetensors=True, output_loading_info=True, **loading
+        )
+        processor = LlavaProcessor.from_pretrained(source, backend="pil")
+    except OSError as error:
+        raise ModelError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        # transformers would go on with random numbers in their place.
+        raise ModelError(f"{source}: {len(missing)} weights are missing, the first is {missing[0]}; save it again")
     model.config.image_seq_length = tokens_per_picture(model.config)
-    return vlm
+    complete_processor(processor, model.config)
+    return Vlm(model, processor)
+
+
+def complete_processor(processor: LlavaProcessor, config: LlavaConfig) -> None:
+    """Fill in what llava-hf folders of before transformers 4.47 leave out, and let both chat templates be one."""
+    if processor.patch_size is None:
+        for name, value in _image_token_settings(config).items():
+            setattr(processor, name, value)
+    tokenizer = processor.tokenizer
+    template = processor.chat_template or tokenizer.chat_template
+    if isinstance(template, str):
+        template = reading_parts(template, tokenizer.special_tokens_map, processor.image_token)
+        processor.chat_template = tokenizer.chat_template = template
 
 
 def build_vlm(
@@ -105,7 +131,7 @@ def build_vlm(
     seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Vlm:
-    """Put a vision encoder and a language model together with a fresh projector.
+    """Put a vision encoder, or that of a LLaVA checkpoint, and a language model together with a fresh projector.
 
     The features are those of `vision_feature_layer`; CLIP's class token is dropped. `drop_first_patch` drops
     SigLIP's first patch too, which TinyLLaVA Factory's published models expect (728 tokens instead of 729).
@@ -113,19 +139,13 @@ def build_vlm(
     Raises ModelError for an encoder, a projector or a language model that does not fit.
     """
     tower = _encoder(encoder, dtype or torch.float32)
-    drop_first = drop_first_patch or tower.config.model_type == "clip_vision_model"
-    sight: dict[str, Any] = {
-        "vision_config": tower.config,
-        "vision_feature_layer": vision_feature_layer,
-        "vision_feature_select_strategy": "default" if drop_first else "full",
-        **_projector_settings(projector, projector_grid),
-    }
+    sight = visual_settings(tower.config, vision_feature_layer, drop_first_patch, projector, projector_grid)
     try:
         check_projector(LlavaConfig(**sight))  # before the larger model is loaded
     except ProjectorError as error:
         raise ModelError(f"{encoder}: {error}") from None
     causal = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype or torch.float32)
-    tokenizer = _tokenizer(language_model)
+    tokenizer = load_tokenizer(language_model)
     if len(tokenizer) > causal.config.vocab_size:
         causal.resize_token_embeddings(len(tokenizer))
     for part, source in ((tower, encoder), (causal, language_model)):
@@ -144,13 +164,22 @@ def build_vlm(
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
-    return Vlm(model, _processor(encoder, tokenizer, config))
+    return Vlm(model, make_processor(encoder, tokenizer, config))
 
 
-def _projector_settings(projector: str, grid: int) -> dict[str, Any]:
-    settings: dict[str, Any] = {"projector_hidden_act": "gelu"}
+def visual_settings(
+    vision: Any, vision_feature_layer: int, drop_first_patch: bool, projector: str, projector_grid: int
+) -> dict[str, Any]:
+    """What a `LlavaConfig` says of the encoder, whose config is `vision`, and of the projector."""
+    drop_first = drop_first_patch or vision.model_type == "clip_vision_model"
+    settings: dict[str, Any] = {
+        "vision_config": vision,
+        "vision_feature_layer": vision_feature_layer,
+        "vision_feature_select_strategy": "default" if drop_first else "full",
+        "projector_hidden_act": "gelu",
+    }
     # A config that names no projector is plain LLaVA's.
-    return settings if projector == MLP else settings | {"projector_type": projector, "projector_grid": grid}
+    return settings if projector == MLP else settings | {"projector_type": projector, "projector_grid": projector_grid}
 
 
 def _assemble(
@@ -198,29 +227,46 @@ def train_only(model: LlavaForConditionalGeneration, names: tuple[str, ...]) -> 
             module.requires_grad_(True)
     if "encoder" in names:
         tower = model.model.vision_tower
-        layer: Any = model.config.vision_feature_layer
-        unused = -1 - int(layer)
         layers = tower.encoder.layers
-        for layer in layers[len(layers) - unused :]:
-            layer.requires_grad_(False)
-        if unused > 0:
-            tower.post_layernorm.requires_grad_(False)
+        chosen: Any = model.config.vision_feature_layer
+        states = [chosen] if isinstance(chosen, int) else chosen
+        # Hidden state 0 is what goes into the first layer, and the last one has not passed the norm behind the layers.
+        read = max(state % (len(layers) + 1) for state in states)
+        for unread in (*layers[read:], tower.post_layernorm, getattr(tower, "head", None)):
+            if unread is not None:
+                unread.requires_grad_(False)
 
 
-def _config(source: str | Path) -> Any:
+def read_config(source: str | Path) -> Any:
+    """The config of a checkpoint folder or hub id. Raises ModelError."""
     folder = Path(source)
     # What has the form of a hub id (at most one slash, not starting at the root or here) is asked of the hub.
     is_path = isinstance(source, Path) or folder.is_dir() or folder.is_absolute() or len(folder.parts) > 2
     if is_path and not (folder / "config.json").is_file():
         raise ModelError(f"{source}: no config.json there; expected a Hugging Face checkpoint folder")
     try:
-        return AutoConfig.from_pretrained(source)
+        # Left unset, transformers asks at the terminal whether to run the code that came with the weights.
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except ValueError as error:  # a model type that is not transformers' own
+        raise ModelError(
+            f"{source}: cannot be loaded without code of its own: {str(error).splitlines()[0]}; `switchkd import "
+            "tinyllava` turns a TinyLLaVA Factory checkpoint into a standard folder"
+        ) from None
     except OSError as error:
         raise ModelError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def _encoder(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    config = _config(source)
+    """A SigLIP's or CLIP's vision tower, or the one of a LLaVA checkpoint, as in the paper's table 3."""
+    config = read_config(source)
+    if config.model_type == "llava":
+        tower: PreTrainedModel = load_vlm(source, dtype=dtype).model.model.vision_tower
+        return tower
+    return AutoModel.from_pretrained(source, config=encoder_config(source, config), dtype=dtype)  # type: ignore[no-any-return]
+
+
+def encoder_config(source: str | Path, config: Any) -> Any:
+    """The vision encoder's config in that of a model, without SigLIP's pooling head. Raises ModelError."""
     vision = getattr(config, "vision_config", config)  # a whole SigLIP or CLIP has both towers
     if vision.model_type == "siglip2_vision_model":
         raise ModelError(
@@ -232,33 +278,49 @@ def _encoder(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
         raise ModelError(f"{source}: encoder type is {vision.model_type!r}; supported are {', '.join(ENCODERS)}")
     if vision.model_type == "siglip_vision_model":
         vision.vision_use_head = False  # the pooling head is never read by LLaVA
-    return AutoModel.from_pretrained(source, config=vision, dtype=dtype)  # type: ignore[no-any-return]
+    return vision
 
 
-def _tokenizer(language_model: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(language_model: str | Path) -> PreTrainedTokenizerBase:
+    """A language model's tokenizer with the image token, and its template reading pictures. Raises ModelError."""
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(language_model)
     if tokenizer.chat_template is None:
         raise ModelError(f"{language_model}: its tokenizer has no chat template; use an instruct model")
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    if END_OF_TURN in tokenizer.get_vocab():
-        tokenizer.eos_token = END_OF_TURN
+    add_image_token(tokenizer)
+    names = tokenizer.special_tokens_map
+    tokenizer.chat_template = reading_parts(str(tokenizer.chat_template), names, IMAGE_TOKEN)
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    # A base model's tokenizer ends documents; what ends an answer is for the template to say.
+    tokenizer.eos_token = end_of_turn(tokenizer.chat_template, names, special) or tokenizer.eos_token
     return tokenizer
 
 
-def _processor(encoder: str | Path, tokenizer: PreTrainedTokenizerBase, config: LlavaConfig) -> LlavaProcessor:
+def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a language model's tokenizer the token that stands for a picture, beside the special tokens it has."""
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+
+
+def _image_token_settings(config: LlavaConfig) -> dict[str, Any]:
     vision: Any = config.vision_config
-    drops_one = config.vision_feature_select_strategy == "default"
     patches = (vision.image_size // vision.patch_size) ** 2
+    drops_one = config.vision_feature_select_strategy == "default"
+    return {
+        "patch_size": vision.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        # The processor counts patches, less one under "default". This is the difference to what the model gives: a
+        # class token, or, below zero, the tokens that ldpv2 pools away.
+        "num_additional_image_tokens": tokens_per_picture(config) - (patches - drops_one),
+    }
+
+
+def make_processor(encoder: str | Path, tokenizer: PreTrainedTokenizerBase, config: LlavaConfig) -> LlavaProcessor:
+    """The processor of a model put together: the encoder's picture settings, the tokenizer and its chat template."""
     # The PIL processors need no torchvision and are what the exported preprocessing is compared with.
     return LlavaProcessor(
         image_processor=AutoImageProcessor.from_pretrained(encoder, backend="pil"),
         tokenizer=tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        # The processor counts patches, less one under "default". This is the difference to what the model gives: a
-        # class token, or, below zero, the tokens that ldpv2 pools away.
-        num_additional_image_tokens=tokens_per_picture(config) - (patches - drops_one),
         image_token=IMAGE_TOKEN,
         chat_template=tokenizer.chat_template,
+        **_image_token_settings(config),
     )

@@ -17,7 +17,13 @@ ROOMS = ("cli", "demo", "export", "recipes", "serve", "training")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # Import names that differ from the distribution's name.
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "sklearn": "scikit-learn",
+    "huggingface_hub": "huggingface-hub",
+    "onnx_ir": "onnx-ir",
+}
 # Each room may use its own extra; the front door runs whichever room is there.
 EXTRAS_OF_ROOM = {
     "cli": ("train", "export", "serve", "demo"),

@@ -1,15 +1,21 @@
 """Tiny LLaVA pairs with random weights, and batches for them."""
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.clip import CLIPVisionConfig
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.siglip import SiglipVisionConfig
+
+from switchkd.training.trainer import DistillationTrainer
+from switchkd.training.world.dataset import WorldSettings, write_world
 
 IMAGE_TOKEN = 4
 Batch = dict[str, Tensor]
@@ -108,3 +114,63 @@ def llava() -> Callable[..., LlavaForConditionalGeneration]:
 @pytest.fixture
 def batch() -> Callable[..., Batch]:
     return make_batch
+
+
+@pytest.fixture(scope="session")
+def ten_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A very small picture world of ten records."""
+    folder = write_world(tmp_path_factory.mktemp("data") / "world", WorldSettings(24, 7, 7))
+    records = json.loads((folder / "train.json").read_text())
+    (folder / "train.json").write_text(json.dumps(records[:10]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def one_stage_recipe(ten_records: Path) -> Callable[..., Path]:
+    """Writes a recipe of one stage, `dft`, 12 steps in 3 epochs; the checkpoint is its own teacher.
+
+    An epoch is ten micro-batches of one record, three of them a step: its last step is of a single one.
+    """
+
+    def write(path: Path, checkpoint: Path, **training: Any) -> Path:
+        chosen: dict[str, Any] = {
+            "num_train_epochs": 3,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 3,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 3,
+            "logging_steps": 1,
+            "save_steps": 4,
+            "report_to": "none",
+            "use_cpu": True,
+        }
+        stage = {
+            "name": "dft",
+            "train": ["encoder", "projector", "language_model"],
+            "objective": {"name": "switch_kd"},
+            "data": {"records": [str(ten_records / "train.json")], "pictures": str(ten_records / "pictures")},
+            "training": chosen | training,
+        }
+        recipe = {"output": str(path.parent / "out"), "teacher": str(checkpoint), "stages": [stage]}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(recipe | {"model": {"checkpoint": str(checkpoint)}}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def at_micro_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Plans what happens before a micro-batch is computed, counted from here; a new plan replaces the old one."""
+    plan: dict[str, Any] = {"left": -1}
+    compute = DistillationTrainer.compute_loss
+
+    def first_the_plan(self: DistillationTrainer, *arguments: Any, **settings: Any) -> Any:
+        if plan["left"] == 0:
+            plan["action"]()
+        plan["left"] -= 1
+        return compute(self, *arguments, **settings)
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", first_the_plan)
+    return lambda count, action: plan.update(left=count, action=action)

@@ -1,6 +1,5 @@
 """Conversations: only assistant turns are supervised, pictures take their tokens, broken records say why."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from switchkd.training.conversations import (
     DataError,
     Sample,
     collator,
-    read_records,
+    picture_of,
     to_messages,
 )
 from switchkd.training.world.vocabulary import IMAGE_TOKEN, train_tokenizer
@@ -88,10 +87,25 @@ def test_the_processor_sees_the_same_ids(tiny_checkpoint: Path) -> None:
     assert encoder.encode_prompt(messages) == list(expected)
 
 
-def test_max_length_cuts_ids_and_labels() -> None:
-    encoder = ConversationEncoder(train_tokenizer(["user assistant"], 300), IMAGE_TOKEN, TOKENS, max_length=9)
-    ids, labels = encoder.encode(to_messages(record()))
-    assert len(ids) == len(labels) == 9
+def test_max_length_cuts_ids_and_labels(tokenizer: Any) -> None:
+    whole, labels = ConversationEncoder(tokenizer, IMAGE_TOKEN, TOKENS).encode(to_messages(record()))
+    first = next(place for place, label in enumerate(labels) if label != IGNORED)
+    encoder = ConversationEncoder(tokenizer, IMAGE_TOKEN, TOKENS, max_length=first + 2)
+    assert encoder.encode(to_messages(record())) == (whole[: first + 2], labels[: first + 2])
+    assert encoder.measure(to_messages(record())) == (len(whole), 2)
+
+
+@pytest.mark.parametrize("turns", [TURNS, [("What is it?" * 9, "Red.")], [("One?", "Two."), ("<image>Why?", "So.")]])
+def test_what_the_cut_leaves_nothing_of_is_refused(tokenizer: Any, turns: list[tuple[str, str]]) -> None:
+    broken = record(turns=turns)
+    if "<image>" in turns[-1][0]:
+        broken["conversations"][0]["value"] = turns[0][0]
+    length = len(ConversationEncoder(tokenizer, IMAGE_TOKEN, TOKENS).encode(to_messages(broken))[0])
+    cut = length - 20 if "<image>" in turns[-1][0] else 9
+    encoder = ConversationEncoder(tokenizer, IMAGE_TOKEN, TOKENS, max_length=cut)
+    with pytest.raises(DataError, match="loses every answer, or part of its picture"):
+        encoder.encode(to_messages(broken))
+    assert encoder.measure(to_messages(broken)) == (length, 0)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +115,10 @@ def test_max_length_cuts_ids_and_labels() -> None:
         ({"conversations": record()["conversations"]}, "1 <image> placeholders for 0 pictures"),
         ({"image": "a.png", "conversations": record(None)["conversations"]}, "0 <image> placeholders for 1 pictures"),
         ({"conversations": [{"from": "human", "value": "hello"}]}, "no assistant turn"),
-        ({"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": ""}]}, "no assistant turn"),
-        ({}, "no assistant turn"),
+        ({"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": ""}]}, "an answer is empty"),
+        ({"conversations": [{"from": "gpt", "value": "Hello."}]}, "no assistant turn"),
+        ({"image": ["a.png", "b.png"], "conversations": record()["conversations"]}, "names 2 pictures"),
+        ({}, "conversations is not a list"),
     ],
 )
 def test_broken_records_name_themselves_and_the_reason(broken: dict[str, Any], reason: str) -> None:
@@ -117,20 +133,15 @@ def test_template_that_rewrites_history_is_refused() -> None:
         ConversationEncoder(tokenizer, IMAGE_TOKEN, TOKENS).encode(to_messages(record()))
 
 
-def test_json_and_jsonl_read_the_same(tmp_path: Path) -> None:
-    rows = [record(), record(None)]
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert read_records(tmp_path / "a.json") == read_records(tmp_path / "a.jsonl") == rows
+def test_a_greeting_of_the_assistant_is_left_out_as_llava_does(encoder: ConversationEncoder) -> None:
+    greeting = {"from": "gpt", "value": "Hello!"}
+    greeted = record(None) | {"conversations": [greeting, *record(None)["conversations"]]}
+    assert encoder.encode(to_messages(greeted)) == encoder.encode(to_messages(record(None)))
 
 
-@pytest.mark.parametrize(("text", "reason"), [("[{", "not valid JSON"), ("[]", "no records"), (None, "no such file")])
-def test_unreadable_record_files_say_why(tmp_path: Path, text: str | None, reason: str) -> None:
-    path = tmp_path / "broken.json"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(DataError, match=f"broken.json: .*{reason}"):
-        read_records(path)
+def test_a_list_of_one_picture_is_that_picture() -> None:
+    assert picture_of(record() | {"image": ["a.png"]}) == picture_of(record()) == "a.png"
+    assert picture_of(record(None) | {"image": []}) is None
 
 
 def test_dataset_gives_pixels_and_names_a_missing_picture(tmp_path: Path, encoder: ConversationEncoder) -> None:

@@ -18,6 +18,7 @@ from switchkd.training.objectives import build_objective
 Make = Callable[..., Any]
 Gradients = dict[str, Tensor]
 MIXED = [1, 0, 2, 0, 1]
+PARTS = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
 
 
 def distillation(
@@ -39,7 +40,7 @@ def gradients(module: Distillation, loss: Tensor) -> Gradients:
 
 
 def part(name: str) -> str:
-    return next(part for part in ("vision_tower", "multi_modal_projector", "language_model", "lm_head") if part in name)
+    return next(part for part in PARTS if part in name)
 
 
 def plain_loss(module: Distillation, batch: dict[str, Tensor]) -> Tensor:
@@ -289,10 +290,97 @@ def _two_processes(rank: int, llava: Make, batch: Make, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def test_ranks_of_zero_3_run_the_same_modules(llava: Make, batch: Make, tmp_path: Path) -> None:
+    """It gathers weights module by module, so a rank with text alone or fewer chunks runs what others do."""
+    spawn(_ranks_of_zero_3, args=(llava, batch, str(tmp_path)), nprocs=2)
+    for name in ("switch_kd", "llava_kd", "align_kd"):
+        first, second = (torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in range(2))
+        assert first == second
+        assert {part(module) for module in first if module.startswith("teacher")} == set(PARTS)
+
+
+def modules_run(module: Distillation, inputs: dict[str, Tensor]) -> list[str]:
+    """The modules with weights that a forward and its backward run, in order."""
+    run: list[str] = []
+    for path, inner in module.named_modules():
+        if next(inner.parameters(recurse=False), None) is not None:
+            inner.register_forward_hook(lambda *_, path=path: run.append(path))
+    module(**inputs)["loss"].backward()
+    return run
+
+
+def _ranks_of_zero_3(rank: int, llava: Make, batch: Make, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    inputs = batch(0, [[1, 2], [0]][rank])
+    for name in ("switch_kd", "llava_kd", "align_kd"):
+        module = distillation(llava, name, chunk_positions=3)
+        module.activation_checkpointing_enable()
+        module.student.lm_head.weight.ds_id = 0  # as ZeRO-3 marks what it has shared out
+        run = modules_run(module, inputs)
+        torch.save(run, f"{folder}/{name}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
 def test_recomputed_activations_give_the_same_loss_and_gradients(llava: Make, batch: Make) -> None:
     plain, recomputing, inputs = distillation(llava), distillation(llava), batch(0, MIXED)
     recomputing.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    assert recomputing.student.is_gradient_checkpointing
+    assert recomputing.student.is_activation_checkpointing
     expected, got = plain(**inputs)["loss"], recomputing(**inputs)["loss"]
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(gradients(recomputing, got), gradients(plain, expected), rtol=1e-7, atol=1e-12)
+
+
+def test_the_switch_pass_keeps_its_layers_inputs_alone(llava: Make, batch: Make) -> None:
+    """Through the frozen teacher too activations are computed again, as the student's are."""
+    student, teacher = llava(0), llava(1, layers=8)
+    module = Distillation(student, teacher, build_objective("switch_kd", lambda_ce=0.0, lambda_dbild=0.0)).train()
+    inputs = batch(0, MIXED)
+    student.activation_checkpointing_enable()
+    whole = bytes_kept(module, inputs)
+    module.activation_checkpointing_enable()
+    assert bytes_kept(module, inputs) < whole / 3
+    layers = [part for part in teacher.modules() if part.training]
+    assert len(layers) == 8, "the layers alone, so that what they are made of goes on as in evaluation"
+    assert not any(part.training for part in module.eval().modules())
+
+
+def bytes_kept(module: Distillation, inputs: dict[str, Tensor]) -> int:
+    """What the forward keeps for the backward, each storage once; weights, which are there anyway, do not count."""
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        held.append(tensor)  # else its place is given to another
+        return tensor
+
+    held: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(**inputs)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("name", ["switch_kd", "llava_kd", "align_kd"])
+def test_a_batch_of_text_alone_gives_every_parameter_a_gradient_and_none_of_sight_a_step(
+    llava: Make, batch: Make, name: str
+) -> None:
+    """So that no rank waits for another, and one process moves as several do; the blank picture is in no loss."""
+    module, inputs = distillation(llava, name), batch(0, [0, 0, 0])
+    loss = module(**inputs)["loss"]
+    found = gradients(module, loss)
+    assert all(p.grad is not None and not p.grad.any() for p in module.adapters.parameters())
+    sight = {name for name in found if part(name) in ("vision_tower", "multi_modal_projector")}
+    assert sight
+    assert not any(found[name].any() for name in sight)
+    module.eval()  # in which nothing is added
+    expected = module(**inputs)["loss"]
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(
+        {name: found[name] for name in set(found) - sight},
+        {name: gradient for name, gradient in gradients(module, expected).items() if name not in sight},
+        rtol=1e-7,
+        atol=1e-12,
+    )

@@ -7,17 +7,21 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
+from switchkd.cli.main import main
 from switchkd.training.arguments import training_arguments
 from switchkd.training.objectives import build_objective
-from switchkd.training.recipe import Recipe, RecipeError, find_recipe, load_recipe
+from switchkd.training.recipe import Recipe, RecipeError, TeacherRecipe, find_recipe, load_recipe
 
 RECIPES = Path(str(resources.files("switchkd.recipes")))
 SHIPPED = sorted(
     str(path.relative_to(RECIPES).with_suffix(""))
     for path in RECIPES.rglob("*.yaml")
-    if path.parent.name != "deepspeed" and path.stem != "encoder"
+    if path.parent.name not in ("deepspeed", "ablation") and path.stem not in ("encoder", "table2")
 )
+PAPER = [name for name in SHIPPED if name.startswith("paper/")]
+EVERYTHING = ("encoder", "projector", "language_model")
 
 PIECES = {"encoder": "x", "language_model": "y"}
 
@@ -40,27 +44,173 @@ def test_shipped_recipes_are_complete(name: str, tmp_path: Path) -> None:
         assert build_objective(**stage.objective).needs_teacher <= (recipe.teacher is not None)
         # bf16 and DeepSpeed need their hardware to be built; their keys are checked all the same.
         training = {key: value for key, value in stage.training.items() if key not in ("bf16", "deepspeed")}
-        assert training_arguments(_with(stage, training), tmp_path, recipe.seed).learning_rate > 0
+        built = training_arguments(dataclasses.replace(stage, training=training), tmp_path, recipe.seed)
+        assert built.learning_rate > 0
+        if stage.global_batch is not None:
+            assert built.train_batch_size * built.gradient_accumulation_steps == stage.global_batch
 
 
-def _with(stage: Any, training: dict[str, Any]) -> Any:
-    return dataclasses.replace(stage, training=training)
-
-
-@pytest.mark.parametrize(("stage", "rate", "batch"), [("pt", 1e-3, 256), ("dft", 2e-5, 128)])
-def test_paper_student_has_table_2(stage: str, rate: float, batch: int) -> None:
-    recipe = load_recipe("paper/qwen2.5-0.5b-switch-kd")
-    (found,) = [item for item in recipe.stages if item.name == stage]
-    training = found.training
-    assert training["learning_rate"] == rate
-    assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] * 8 == batch
-    assert training["lr_scheduler_type"] == "cosine"
-    assert training["warmup_steps"] == 0.03
-    assert training["num_train_epochs"] == 1
-    assert training["deepspeed"] == "zero2"
-    assert found.train == (("projector",) if stage == "pt" else ("encoder", "projector", "language_model"))
+@pytest.mark.parametrize("name", PAPER)
+def test_every_paper_recipe_has_table_2(name: str) -> None:
+    recipe = load_recipe(name)
+    for stage in recipe.stages:
+        first = stage.name in ("pt", "dpt")
+        training = stage.training
+        assert training["learning_rate"] == (1e-3 if first else 2e-5)
+        for processes in (1, 2, 8, 16):
+            on = stage.training_on(processes)
+            batch = on["per_device_train_batch_size"] * on["gradient_accumulation_steps"] * processes
+            assert batch == (256 if first else 128), processes
+        assert TrainingArguments(output_dir="x", optim=training["optim"]).optim.startswith("adamw")
+        assert training["lr_scheduler_type"] == "cosine"
+        assert training["warmup_steps"] == 0.03
+        assert training["num_train_epochs"] == 1
+        assert training["deepspeed"] == ("zero3" if "7b-teacher" in name else "zero2")
+        frozen = name.endswith(("llava-kd", "align-kd"))  # these two leave the encoder as it is
+        assert stage.train == (("projector",) if first else EVERYTHING[1:] if frozen else EVERYTHING)
+    # The resolution is in the encoder's name: 384 pixels, and the released 1.8B's CLIP at 336.
+    assert str(recipe.model.encoder).endswith("336" if "clip" in name else "384")
     zero2 = yaml.safe_load(find_recipe("deepspeed/zero2").read_text())
     assert zero2["zero_optimization"]["stage"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher", "stages"),
+    [
+        ("qwen2.5-3b-teacher", None, "pt sft"),
+        ("qwen2.5-7b-teacher", None, "pt sft"),
+        ("qwen2.5-0.5b-sft", None, "pt sft"),
+        ("qwen2.5-1.5b-sft", None, "pt sft"),
+        ("qwen2.5-0.5b-switch-kd", "3b", "pt dft"),
+        ("qwen2.5-1.5b-switch-kd", "3b", "pt dft"),
+        ("qwen2.5-0.5b-switch-kd-from-7b", "7b", "pt dft"),
+        ("qwen2.5-1.5b-switch-kd-from-7b", "7b", "pt dft"),
+        ("qwen2.5-0.5b-llava-kd", "3b", "dpt sft dft"),
+        ("qwen2.5-0.5b-align-kd", "3b", "pt dft"),
+    ],
+)
+def test_paper_recipes_are_what_their_names_say(name: str, teacher: str | None, stages: str) -> None:
+    recipe = load_recipe(f"paper/{name}", ["root=here"])
+    assert [stage.name for stage in recipe.stages] == stages.split()
+    assert recipe.model.language_model == f"Qwen/Qwen2.5-{name.split('-')[1].upper()}-Instruct"
+    assert recipe.output == f"here/runs/{name}"
+    if teacher is None:
+        assert recipe.teacher is None
+    else:
+        assert recipe.teacher is not None
+        # The very folder that the teacher's recipe ends in.
+        made = load_recipe(f"paper/qwen2.5-{teacher}-teacher", ["root=here"])
+        assert recipe.teacher.checkpoint == f"{made.output}/{made.stages[-1].name}"
+    distilled = {"switch": "switch_kd", "llava": "llava_kd", "align": "align_kd"}.get(name.split("-")[2])
+    for stage in recipe.stages:
+        assert stage.objective["name"] == (distilled if stage.name in ("dpt", "dft") else "sft")
+
+
+def test_rivals_have_the_weights_of_their_papers() -> None:
+    llava = load_recipe("paper/qwen2.5-0.5b-llava-kd").stages
+    for stage in (llava[0], llava[2]):
+        weights = [stage.objective[f"lambda_{term}"] for term in ("ce", "kd", "visual", "relation")]
+        assert weights == [1, 1, 1, 0.5]
+    align = load_recipe("paper/qwen2.5-0.5b-align-kd").stages[1].objective
+    assert [align[f"lambda_{term}"] for term in ("ce", "logits", "attention", "visual")] == [1, 1, 1, 1]
+    assert align["top_tokens"] == 16
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-7b-teacher", "clip-qwen2.5-1.5b-switch-kd", "qwen2.5-0.5b-llava-kd"])
+def test_dry_run_takes_two_steps_of_every_stage(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", f"paper/{name}", "--dry-run"]) == 0
+    err = capsys.readouterr().err
+    for stage in load_recipe(f"paper/{name}").stages:
+        assert f"{stage.name}: {stage.objective['name']}" in err
+    assert "every stage took two steps" in err
+
+
+def write(path: Path, given: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(given))
+    return path
+
+
+def test_a_recipe_is_built_on_its_base(tmp_path: Path) -> None:
+    data = {"records": "a.json"}
+    first = {"name": "one", "train": ["projector"], "objective": {"name": "kd", "temperature": 2.0}, "data": data}
+    first["training"] = {"learning_rate": 0.1, "save_steps": 7}
+    model = {"encoder": "v", "language_model": "small"}
+    base: dict[str, Any] = {
+        "root": "r",
+        "output": "{root}/base",
+        "teacher": "{root}/t",
+        "model": model,
+        "stages": [first, {"like": "one"}],
+    }
+    base["stages"][1] |= {"name": "two", "train": ["encoder"]}
+    write(tmp_path / "base.yaml", base)
+    changes: dict[str, Any] = {
+        "base": "base.yaml",
+        "root": "s",
+        "model": {"language_model": "large"},
+        "teacher": {"dtype": "bfloat16"},
+    }
+    changes["stages"] = [
+        "two",
+        {"name": "one", "training": {"learning_rate": 0.2}, "objective": {"temperature": 4.0}},
+        {"name": "three", "like": "one", "objective": {"name": "sft"}},
+    ]
+    recipe = load_recipe(write(tmp_path / "derived.yaml", changes), ["stages.three.data.max_length=9"])
+    assert recipe.output == "s/base"  # found beside the file, and filled with the last root
+    assert dataclasses.astuple(recipe.model)[:3] == (None, "v", "large")
+    assert recipe.teacher == TeacherRecipe("s/t", dtype="bfloat16")
+    two, one, three = recipe.stages
+    assert (two.name, two.train, two.objective["temperature"]) == ("two", ("encoder",), 2.0)
+    assert one.training == {"learning_rate": 0.2, "save_steps": 7}
+    assert one.objective == {"name": "kd", "temperature": 4.0}
+    assert three.training == one.training  # like the stage before it in the same list
+    assert three.objective == {"name": "sft"}  # another objective brings its own settings
+    assert [stage.data.max_length for stage in recipe.stages] == [None, None, 9]
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"base": "paper/no-such"}, "paper/no-such: no such recipe file"),
+        ({"base": "b.yaml"}, "built on each other: .*a.yaml → .*b.yaml"),
+        ({"base": "world/student_stages", "stages": ["ptt"]}, "no stage 'ptt' to start from; did you mean 'pt'"),
+        (
+            {"base": "world/student_stages", "stages": [{"name": "x", "like": "y"}]},
+            "'y' .*there are: pt, dpt, sft, dft",
+        ),
+    ],
+)
+def test_bases_that_cannot_be_built_on_are_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    write(tmp_path / "b.yaml", {"base": "a.yaml"})
+    with pytest.raises(RecipeError, match=reason):
+        load_recipe(write(tmp_path / "a.yaml", changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "processes", "reason"),
+    [
+        ({"global_batch": 0}, 1, "global_batch is 0"),
+        ({"global_batch": 8, "training": {"gradient_accumulation_steps": 2}}, 1, "gradient_accumulation_steps, which"),
+        ({"global_batch": 24, "training": {"per_device_train_batch_size": 4}}, 4, "24 is no multiple of 16"),
+        ({"global_batch": 8, "training": {"per_device_train_batch_size": 4}}, 4, "that divides 2"),
+    ],
+)
+def test_global_batches_that_do_not_come_out_are_refused(change: dict[str, Any], processes: int, reason: str) -> None:
+    given = plain()
+    given["stages"][0] |= change
+    with pytest.raises(RecipeError, match=reason):
+        Recipe.from_dict(given).stages[0].training_on(processes)
+
+
+def test_launchers_processes_share_the_global_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = plain()
+    given["stages"][0] |= {"global_batch": 48, "training": {"per_device_train_batch_size": 4}}
+    stage = Recipe.from_dict(given).stages[0]
+    assert training_arguments(stage, tmp_path, 0).gradient_accumulation_steps == 12
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(RecipeError, match="48 is no multiple of 20"):
+        training_arguments(stage, tmp_path, 0)
 
 
 def test_arms_of_the_comparison_differ_in_objective_and_teacher_alone() -> None:

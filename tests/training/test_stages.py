@@ -121,7 +121,7 @@ def test_finished_stages_are_reused_and_changed_ones_are_not(
 
 @pytest.mark.parametrize("objective", ["switch_kd", "align_kd"])  # the second trains adapters of its own
 def test_killed_at_any_time_it_ends_in_the_same_weights(
-    objective: str, trained: Path, tiny_checkpoint: Path, world: Path, tmp_path: Path
+    objective: str, trained: Path, tiny_checkpoint: Path, world: Path, tmp_path: Path, capsys: Any
 ) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", tiny_checkpoint, world, tmp_path / "out")
     chosen = [f"stages.dft.objective.name={objective}"]
@@ -135,7 +135,7 @@ def test_killed_at_any_time_it_ends_in_the_same_weights(
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = tmp_path / "out" / ".dft.checkpoints"
     deadline = time.monotonic() + 240
-    while not list(checkpoints.glob("checkpoint-2/trainer_state.json")):
+    while not list(checkpoints.glob("checkpoint-2/manifest.json")):
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.02)
@@ -143,10 +143,12 @@ def test_killed_at_any_time_it_ends_in_the_same_weights(
     process.wait()
     # As if it had been killed in the middle of its next save.
     shutil.copytree(checkpoints / "checkpoint-2", checkpoints / "checkpoint-5", dirs_exist_ok=True)
-    (checkpoints / "checkpoint-5" / "trainer_state.json").write_text("{")
-    (checkpoints / "checkpoint-5" / "model.safetensors").unlink()
+    for name in ("manifest.json", "trainer_state.json"):
+        (checkpoints / "checkpoint-5" / name).unlink()
     assert not (tmp_path / "out" / "dft").exists()
+    capsys.readouterr()
     assert main(["train", str(recipe), *chosen]) == 0
+    assert "checkpoint-5 cannot be used: manifest.json is missing" in capsys.readouterr().err
     resumed, straight = (load_file(path / "out" / "dft" / "model.safetensors") for path in (tmp_path, trained))
     assert resumed.keys() == straight.keys()
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
@@ -162,9 +164,13 @@ def test_dry_run_of_the_full_size_recipe_builds_its_classes(capsys: pytest.Captu
 
 
 def test_print_config_is_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "world/student_sft", "seed=3", "--print-config"]) == 0
+    # Before the options or behind them.
+    assert main(["train", "world/student_sft", "seed=3", "--print-config", "root=here"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed == load_recipe("world/student_sft", ["seed=3"]).to_dict()
+    assert printed == load_recipe("world/student_sft", ["seed=3", "root=here"]).to_dict()
+    with pytest.raises(SystemExit):
+        main(["train", "world/student_sft", "--print-config", "seed"])
+    assert "unrecognized arguments: seed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

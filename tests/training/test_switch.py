@@ -12,6 +12,7 @@ from switchkd.export.projectors import tokens_per_picture
 from switchkd.training.switch import (
     check_pair,
     check_tokenizers,
+    embed,
     last_hidden,
     switch_hidden,
     visual_features,
@@ -37,7 +38,7 @@ def test_pathway_in_parts_equals_transformers(settings: dict[str, Any], llava: M
     del inputs["labels"]
     tokens_PLD = visual_tokens(model, visual_features(model, inputs["pixel_values"]))
     assert tokens_PLD.shape[1] == tokens_per_picture(model.config)
-    logits = model.lm_head(last_hidden(model, inputs["input_ids"], inputs["attention_mask"], tokens_PLD))
+    logits = model.lm_head(last_hidden(model, embed(model, inputs["input_ids"], tokens_PLD), inputs["attention_mask"]))
     torch.testing.assert_close(logits, model(**inputs).logits)
 
 

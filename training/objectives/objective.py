@@ -65,6 +65,7 @@ class Objective(ABC):
     """A training objective: sums over what it is shown, so that chunks, batches and ranks add up.
 
     A method that gives terms returns "loss", with its graph, and the terms to log, all 0-dim sums; nothing shown: 0.
+    Beside a term there may be counts of its values (`spread.count_k`), named after it with COUNTS at the end.
     """
 
     @property

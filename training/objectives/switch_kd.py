@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..dbild import DbildRows, Direction, Leaders, LedBy, check_settings, dbild, rank
+from ..finite import naming
+from ..spread import COUNTS, count_k
 from .objective import Objective, Positions, Terms, Widths
 from .sft import check_ce_temperature, check_weight, summed_cross_entropy
 
@@ -66,7 +68,7 @@ class SwitchKd(Objective):
         return {"encoder": adapter}
 
     def __call__(self, positions: Positions) -> Terms:
-        """Return "loss" and the unweighted sums "ce", "dbild", "vsd", "k_teacher", "k_student"."""
+        """Return "loss", the unweighted sums "ce", "dbild", "vsd", "k_teacher", "k_student", and counts of both k."""
         ce = summed_cross_entropy(positions, self.ce_temperature)
         loss = self.lambda_ce * ce
         terms = {"ce": ce.detach()}
@@ -75,19 +77,22 @@ class SwitchKd(Objective):
             # One prefix for both terms, so that the teacher's leading tokens are found once.
             shared = min(positions.teacher_NV.shape[1], positions.student_NV.shape[1], self.vocabulary or sys.maxsize)
             teacher_NV = positions.teacher_NV[:, :shared]
-            leaders = rank(teacher_NV, window=self.window, min_k=self.min_k, max_k=self.max_k)
-            terms["k_teacher"] = leaders.k_N.sum()
+            with naming("the teacher's logits"):
+                leaders = rank(teacher_NV, window=self.window, min_k=self.min_k, max_k=self.max_k)
+            terms |= _k("k_teacher", leaders.k_N)
             if self.lambda_dbild > 0:
-                dbild_sum, rows = self._dbild(teacher_NV, positions.student_NV[:, :shared], leaders)
+                with naming("dbild"):
+                    dbild_sum, rows = self._dbild(teacher_NV, positions.student_NV[:, :shared], leaders)
                 loss = loss + self.lambda_dbild * dbild_sum
-                terms |= {"dbild": dbild_sum.detach(), "k_student": rows.candidate_k_N.sum()}
+                terms |= {"dbild": dbild_sum.detach()} | _k("k_student", rows.candidate_k_N)
             if self.lambda_vsd > 0:
                 vsd_sum = ce.new_zeros(())
                 if positions.switch_MV is not None:
                     with_picture = len(positions.switch_MV)
-                    vsd_sum, _ = self._dbild(
-                        teacher_NV[:with_picture], positions.switch_MV[:, :shared], leaders.rows(0, with_picture)
-                    )
+                    with naming("vsd"):
+                        vsd_sum, _ = self._dbild(
+                            teacher_NV[:with_picture], positions.switch_MV[:, :shared], leaders.rows(0, with_picture)
+                        )
                     loss = loss + self.lambda_vsd * vsd_sum
                 terms["vsd"] = vsd_sum.detach()
         return {"loss": loss, **terms}
@@ -107,3 +112,7 @@ class SwitchKd(Objective):
             return_rows=True,
         )
         return total * (self.temperature**2 if self.tau_squared else 1), rows
+
+
+def _k(name: str, k_N: Tensor) -> Terms:
+    return {name: k_N.sum(), f"{name}{COUNTS}": count_k(k_N)}

@@ -1,0 +1,61 @@
+"""Chat templates that come with models: told apart by how they read a message, and made to read LLaVA's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from switchkd.export.prompt import PromptError, render_chat
+
+PROBE = "seven small boats"
+# In front of a template that reads text alone: parts become text, a picture the image token on a line of its own.
+_PARTS_TO_TEXT = (
+    "{%- set said = namespace(messages=[], text='') %}"
+    "{%- for message in messages %}"
+    "{%- if message['content'] is string %}{%- set said.text = message['content'] %}{%- else %}"
+    "{%- set said.text = '' %}"
+    "{%- for part in message['content'] %}"
+    "{%- if part['type'] == 'image' %}{%- set said.text = said.text + 'IMAGE_TOKEN\n' %}"
+    "{%- elif part['type'] == 'text' %}{%- set said.text = said.text + part['text'] %}{%- endif %}"
+    "{%- endfor %}{%- endif %}"
+    "{%- set said.messages = said.messages + [{'role': message['role'], 'content': said.text}] %}"
+    "{%- endfor %}"
+    "{%- set messages = said.messages %}"
+)
+
+
+def reading_parts(template: str, special_tokens: Mapping[str, str], image_token: str) -> str:
+    """Return the template if it reads content parts, as LLaVA's do, else the same behind lines that make text of them.
+
+    A language model's own template (Qwen2.5's is one) knows text alone and has no place for a picture.
+    """
+    if _reads_parts(template, special_tokens):
+        return template
+    led = _PARTS_TO_TEXT.replace("IMAGE_TOKEN", image_token) + template
+    return led if _reads_parts(led, special_tokens) else template
+
+
+def end_of_turn(template: str, special_tokens: Mapping[str, str], candidates: Iterable[str]) -> str | None:
+    """Return which of the candidates the template puts first behind an assistant's text, or None.
+
+    It ends an answer, whatever the tokenizer calls its end of sequence: `<|im_end|>` in ChatML.
+    """
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in (("user", "?"), ("assistant", PROBE))
+    ]
+    try:
+        text = render_chat(template, messages, add_generation_prompt=False, special_tokens=special_tokens)
+    except PromptError:
+        return None
+    behind = text.split(PROBE)[-1]
+    found = [token for token in candidates if token in behind]
+    return min(found, key=behind.index, default=None)
+
+
+def _reads_parts(template: str, special_tokens: Mapping[str, str]) -> bool:
+    message = {"role": "user", "content": [{"type": "text", "text": PROBE}]}
+    try:
+        text = render_chat(template, [message], add_generation_prompt=False, special_tokens=special_tokens)
+    except PromptError:
+        return False
+    return PROBE in text and "'text'" not in text  # a list printed as it stands holds its keys too
