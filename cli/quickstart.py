@@ -153,10 +153,11 @@ def _train(plan: Plan, arm: str, seed: int, clock: Clock) -> None:
 
 def _export(plan: Plan, clock: Clock) -> None:
     from switchkd.export.assembly import export_checkpoint
-    from switchkd.export.bundle import sha256
+    from switchkd.export.bundle import FORMAT_VERSION, sha256
 
     bundle, marker = plan.out / "bundle", plan.out / "bundle.source.json"
-    source = {"weights": sha256(plan.out / "student_switch_kd" / "model.safetensors")}
+    weights = sha256(plan.out / "student_switch_kd" / "model.safetensors")
+    source = {"weights": weights, "format_version": FORMAT_VERSION}
     if marker.is_file() and json.loads(marker.read_text()) == source and (bundle / "manifest.json").is_file():
         return
     shutil.rmtree(bundle, ignore_errors=True)

@@ -13,8 +13,11 @@ from typing import Any
 
 from .bundle import (
     CHAT_TEMPLATE,
+    DECODER,
+    FUSED,
     GRAPHS,
     MANIFEST,
+    PORTABLE,
     TOKENIZER,
     Bundle,
     FileFacts,
@@ -25,13 +28,17 @@ from .bundle import (
 )
 from .card import write_card
 from .checkpoint import Checkpoint, open_checkpoint
-from .graphs import ExportError, GraphDescription, describe
-from .parity import compare
-from .precisions import Precision, choose_precisions
+from .fused_decoder import FusedDecoder
+from .graphs import EmbedTokens, ExportError, GraphDescription, PortableDecoder, VisionEncoder, quiet
+from .onnx_graph import OnnxGraph, Storage
+from .parity import SamplePrompt, compare, record, sample_prompts
+from .precisions import PRECISIONS, Precision, choose_precisions
 from .reference import TorchReference
 from .verification import GraphRunner, exercise
 
 DEFAULT_PRECISIONS = ("fp32", "int8")
+# What `--decoder` names. With both, the portable one has the name by which transformers.js finds it.
+DECODERS = {PORTABLE: (PORTABLE,), FUSED: (FUSED,), "both": (PORTABLE, FUSED)}
 # transformers.js takes the tokenizer's class by name; transformers 5 writes names that it does not know.
 _TOKENIZER_CLASSES = {"qwen2": "Qwen2Tokenizer"}
 
@@ -70,54 +77,96 @@ def export_checkpoint(
     out: Path,
     *,
     precisions: Sequence[str] = DEFAULT_PRECISIONS,
+    decoder: str = PORTABLE,
+    storage: Storage | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export a LlavaForConditionalGeneration folder as a verified bundle at `out`, the first precision its default.
 
-    The checkpoint is only read. Everything is written beside `out` and renamed at the end, so that a failure leaves
-    nothing under the final name. Raises ExportError, VerificationError, or PromptError.
+    `decoder` is one of DECODERS. `storage` says which graphs get their weights in files of their own; by default those
+    that must. The checkpoint is only read. Everything is written beside `out` and renamed at the end, so that a
+    failure leaves nothing under the final name. Raises ExportError, VerificationError, or PromptError.
     """
     chosen = choose_precisions(list(precisions))
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ExportError(f"{out}: exists already; remove it or choose another place")
-    if out.resolve().is_relative_to(checkpoint.resolve()):
-        raise ExportError(f"{out}: lies inside the checkpoint, which is never written to; choose another place")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    steps = _Steps(total=1 + len(GRAPHS) + 2 * len(chosen), progress=progress)
+    if decoder not in DECODERS:
+        raise ExportError(f"decoder {decoder!r} is unknown; choose from {', '.join(DECODERS)}")
+    forms = DECODERS[decoder]
+    check_place(checkpoint, out)
+    steps = _Steps(total=1 + len(GRAPHS) + len(forms) + (1 + len(forms)) * len(chosen), progress=progress)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.partial-") as holder:
         bundle = Path(holder) / out.name
         (bundle / "onnx").mkdir(parents=True)
         with steps.step("load checkpoint"):
             source = open_checkpoint(checkpoint)
-        manifest = _write_bundle(source, bundle, chosen, steps)
-        sizes = {
-            precision.name: {
-                graph.name: manifest.files[graph.file].bytes
-                for graph in manifest.graphs
-                if graph.precision == precision.name
-            }
-            for precision in chosen
-        }
+        manifest = _write_bundle(source, bundle, forms, chosen, storage or Storage(), steps)
+        sizes = {variant: manifest.graph_bytes(*found) for variant, found in manifest.variants().items()}
         bundle.rename(out)
     return ExportReport(out, sizes, dict(manifest.verification), steps.seconds)
 
 
-def _write_bundle(source: Checkpoint, bundle: Path, chosen: list[Precision], steps: _Steps) -> Manifest:
+def check_place(checkpoint: Path, out: Path) -> None:
+    """Raise ExportError where `out` cannot be made; make the folder around it."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ExportError(f"{out}: exists already; remove it or choose another place")
+    if out.resolve().is_relative_to(checkpoint.resolve()):
+        raise ExportError(f"{out}: lies inside the checkpoint, which is never written to; choose another place")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def sample_source(source: Checkpoint) -> list[SamplePrompt]:
+    """The prompts that a bundle of this checkpoint is compared on, without making the bundle."""
     facts = source.facts()
+    with tempfile.TemporaryDirectory() as folder:
+        _write_settings(source, facts, Path(folder))
+        manifest = Manifest(model=facts, graphs=(), files={}, source={}, verification={})
+        return sample_prompts(Bundle.of(Path(folder), "", manifest))
+
+
+def _describe(config: Any, facts: ModelFacts, forms: tuple[str, ...]) -> list[GraphDescription]:
+    """The graphs of a LlavaConfig, the decoder in these forms; raises ExportError for a form that it cannot have."""
+    text = config.text_config
+    graphs: list[GraphDescription] = [VisionEncoder(config.vision_config, facts), EmbedTokens(text, facts)]
+    if PORTABLE in forms:
+        graphs.append(PortableDecoder(text, facts))
+    if FUSED in forms:
+        graphs.append(FusedDecoder(text, facts))
+        if PORTABLE in forms:
+            graphs[-1].stem = f"{DECODER}_{FUSED}"
+    return graphs
+
+
+def _write_bundle(
+    source: Checkpoint,
+    bundle: Path,
+    forms: tuple[str, ...],
+    chosen: list[Precision],
+    storage: Storage,
+    steps: _Steps,
+) -> Manifest:
+    facts = source.facts()
+    descriptions = _describe(source.config, facts, forms)
+    manifest = Manifest(model=facts, graphs=(), files={}, source=_provenance(source), verification={})
     _write_settings(source, facts, bundle)
-    graphs = _write_graphs(source, facts, bundle, chosen, steps)
-    manifest = Manifest(
-        model=facts, graphs=graphs, files=_hash_files(bundle), source=_provenance(source), verification={}
-    )
+    with tempfile.TemporaryDirectory(dir=bundle.parent) as traced:
+        for description in descriptions:
+            with steps.step(f"export {description.stem or description.name}"):
+                description.write(source.model, _onnx(Path(traced), description))
+        with steps.step("ask PyTorch"):
+            prompts = sample_prompts(Bundle.of(bundle, "", manifest))
+            expected = record(TorchReference(source.model, facts.eos_token_ids), prompts)
+        # From here on the model is in the files and in the answers: its memory goes to the graphs.
+        source.release()
+        graphs = _write_graphs(Path(traced), descriptions, bundle, chosen, storage, steps)
+    _write_json(bundle / "config.json", {**_config(source), "transformers.js_config": _transformers_js(graphs)})
+    manifest = replace(manifest, graphs=graphs, files=_hash_files(bundle))
     (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    reference = TorchReference(source.model, facts.eos_token_ids)
     verification: dict[str, Any] = {}
-    for precision in chosen:
-        with steps.step(f"verify {precision.name}"):
-            runner = GraphRunner(Bundle.open(bundle, precision.name))
-            verification[precision.name] = {
+    for variant, (name, form) in manifest.variants().items():
+        with steps.step(f"verify {variant}"):
+            runner = GraphRunner(Bundle.open(bundle, name).in_form(form))
+            verification[variant] = {
                 "runs": exercise(runner),
-                **compare(runner, reference, precision.bounds),
+                **compare(runner, prompts, expected, PRECISIONS[name].bounds),
             }
     manifest = replace(manifest, verification=verification)
     write_card(Bundle.open(bundle), manifest)
@@ -127,33 +176,48 @@ def _write_bundle(source: Checkpoint, bundle: Path, chosen: list[Precision], ste
 
 
 def _write_graphs(
-    source: Checkpoint, facts: ModelFacts, bundle: Path, chosen: list[Precision], steps: _Steps
+    traced: Path,
+    descriptions: list[GraphDescription],
+    bundle: Path,
+    chosen: list[Precision],
+    storage: Storage,
+    steps: _Steps,
 ) -> tuple[GraphFile, ...]:
-    """Trace each graph once, then make every precision from the float32 files."""
-    with tempfile.TemporaryDirectory(dir=bundle.parent) as traced:
-        descriptions = describe(source.config, facts)
-        for description in descriptions:
-            with steps.step(f"export {description.name}"):
-                description.write(source.model, _onnx(Path(traced), description))
-        graphs = []
-        for precision in chosen:
-            with steps.step(f"write {precision.name}"):
-                for description in descriptions:
-                    file = f"onnx/{description.name}{precision.suffix}.onnx"
-                    precision.write(description.name, _onnx(Path(traced), description), bundle / file)
-                    inputs, outputs = description.tensors
-                    graphs.append(GraphFile(description.name, precision.name, description.form, file, inputs, outputs))
+    """Make every precision from the traced float32 files, one graph at a time."""
+    graphs = []
+    for precision in chosen:
+        with steps.step(f"write {precision.name}"), quiet():
+            for description in descriptions:
+                graph = OnnxGraph.read(_onnx(traced, description))
+                precision.change(description.name, graph)
+                file = f"onnx/{description.stem or description.name}{precision.suffix}.onnx"
+                data = tuple(f"onnx/{name}" for name in graph.write(bundle / file, storage))
+                inputs, outputs = description.tensors(precision.cache_dtype)
+                graphs.append(
+                    GraphFile(description.name, precision.name, description.form, file, data, inputs, outputs)
+                )
     return tuple(graphs)
 
 
 def _onnx(folder: Path, description: GraphDescription) -> Path:
-    return folder / f"{description.name}.onnx"
+    return folder / f"{description.stem or description.name}.onnx"
+
+
+def _transformers_js(graphs: tuple[GraphFile, ...]) -> dict[str, Any]:
+    """What transformers.js must be told: how many data files a graph has, and which caches are not float32."""
+    return {
+        "use_external_data_format": {Path(graph.file).name: len(graph.data) for graph in graphs if graph.data},
+        "kv_cache_dtype": {
+            graph.precision: dtype
+            for graph in graphs
+            if graph.name == DECODER and (dtype := graph.inputs[-1].dtype) != "float32"
+        },
+    }
 
 
 def _write_settings(source: Checkpoint, facts: ModelFacts, bundle: Path) -> None:
     """Copy the checkpoint's small files, completed by what transformers.js looks for in them."""
     shutil.copyfile(source.path / TOKENIZER, bundle / TOKENIZER)
-    _write_json(bundle / "config.json", _config(source))
     generation = {**source.generation_config, "eos_token_id": list(source.eos_token_ids)}
     _write_json(bundle / "generation_config.json", generation)
     _write_json(bundle / "processor_config.json", _processor_config(source, facts))

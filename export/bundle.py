@@ -6,18 +6,23 @@ before anything is opened.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
+from .json_fields import BundleError as BundleError  # as a name of this module too
+from .json_fields import Reader, parse_object
+from .onnx_wire import OnnxWireError, read_names
 from .pixels import PictureError, Preprocessing
 
 FORMAT = "switchkd-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 VISION_ENCODER, EMBED_TOKENS, DECODER = GRAPHS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
 PORTABLE = "portable"  # plain operators: any padding, any chunks, any batch
+FUSED = "fused"  # a decoder in ONNX Runtime's own operators: faster, with limits that docs/bundle.md names
+FORMS = (PORTABLE, FUSED)
 
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER = "tokenizer.json"
@@ -30,10 +35,10 @@ REQUIRED_FILES = (
     "preprocessor_config.json",
     CHAT_TEMPLATE,
 )
-
-
-class BundleError(ValueError):
-    """A bundle that is missing, incomplete or altered: the file, the reason and the remedy in one line."""
+# Operators that every ONNX Runtime carries; any other domain would need code from elsewhere.
+DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
+# Pickles and what may hold them: loading one would run it. Nothing here does, and a bundle has no use for them.
+_PICKLES = frozenset([".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"])
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class GraphFile:
     precision: str
     form: str
     file: str  # relative to the bundle, with forward slashes
+    data: tuple[str, ...]  # files with weights that are not inside `file`, likewise
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
@@ -64,7 +70,6 @@ class CacheShape:
     layers: int
     kv_heads: int
     head_dim: int
-    dtype: str
 
     def past_names(self) -> list[str]:
         """Names of the decoder's cache inputs, key before value, layer by layer."""
@@ -90,27 +95,40 @@ class ModelFacts:
     cache: CacheShape
 
 
-def portable_tensors(graph: str, model: ModelFacts) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """The inputs and outputs of a graph (one of GRAPHS) in the portable form, for a model of these sizes."""
+def portable_tensors(
+    graph: str, model: ModelFacts, cache_dtype: str = "float32"
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The inputs and outputs of a graph (one of GRAPHS) in the portable form, for a model of these sizes.
+
+    The batch axis has the one name by which transformers.js knows it: it makes empty caches of it.
+    """
     if graph == VISION_ENCODER:
         pixels = TensorSpec("pixel_values", "float32", ("pictures", *model.picture_shape))
         features = TensorSpec("image_features", "float32", ("pictures", model.tokens_per_picture, model.hidden_size))
         return (pixels,), (features,)
-    embeds = TensorSpec("inputs_embeds", "float32", ("batch", "time", model.hidden_size))
+    embeds = TensorSpec("inputs_embeds", "float32", ("batch_size", "time", model.hidden_size))
     if graph == EMBED_TOKENS:
-        return (TensorSpec("input_ids", "int64", ("batch", "time")),), (embeds,)
+        return (TensorSpec("input_ids", "int64", ("batch_size", "time")),), (embeds,)
     cache = model.cache
 
     def layers(names: list[str], length: str) -> list[TensorSpec]:
-        return [TensorSpec(name, cache.dtype, ("batch", cache.kv_heads, length, cache.head_dim)) for name in names]
+        return [TensorSpec(name, cache_dtype, ("batch_size", cache.kv_heads, length, cache.head_dim)) for name in names]
 
-    mask = TensorSpec("attention_mask", "int64", ("batch", "total"))  # total = past + time
-    positions = TensorSpec("position_ids", "int64", ("batch", "time"))
-    logits = TensorSpec("logits", "float32", ("batch", "time", model.vocab_size))
+    mask = TensorSpec("attention_mask", "int64", ("batch_size", "total"))  # total = past + time
+    positions = TensorSpec("position_ids", "int64", ("batch_size", "time"))
+    logits = TensorSpec("logits", "float32", ("batch_size", "time", model.vocab_size))
     return (
         (embeds, mask, positions, *layers(cache.past_names(), "past")),
         (logits, *layers(cache.present_names(), "total")),
     )
+
+
+def fused_tensors(
+    model: ModelFacts, cache_dtype: str = "float32"
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The inputs and outputs of the decoder in the fused form, which counts positions itself."""
+    inputs, outputs = portable_tensors(DECODER, model, cache_dtype)
+    return tuple(tensor for tensor in inputs if tensor.name != "position_ids"), outputs
 
 
 @dataclass(frozen=True)
@@ -136,6 +154,27 @@ class Manifest:
         """The precisions in the order of the export; the first is the default."""
         return tuple(dict.fromkeys(graph.precision for graph in self.graphs))
 
+    def forms(self, precision: str) -> tuple[str, ...]:
+        """The forms in which a precision has the decoder; the first is the default."""
+        return tuple(graph.form for graph in self.graphs if graph.name == DECODER and graph.precision == precision)
+
+    def variants(self) -> dict[str, tuple[str, str]]:
+        """Precision and decoder's form of everything that can be run, by its name in `verification` and for people."""
+        return {
+            precision if place == 0 else f"{precision} {form}": (precision, form)
+            for precision in self.precisions
+            for place, form in enumerate(self.forms(precision))
+        }
+
+    def graph_bytes(self, precision: str, form: str | None = None) -> dict[str, int]:
+        """Bytes of each graph in a precision, data files included; `form` is the decoder's (None: the default)."""
+        form = form or next(iter(self.forms(precision)), None)
+        return {
+            graph.name: sum(self.files[name].bytes for name in (graph.file, *graph.data))
+            for graph in self.graphs
+            if graph.precision == precision and (graph.name != DECODER or graph.form == form)
+        }
+
     def to_json(self) -> str:
         """Write the manifest as the text of manifest.json."""
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
@@ -144,7 +183,7 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read manifest.json; raises BundleError naming the field that is missing, wrong or of a newer format."""
-        content = _parse_object(text, MANIFEST)
+        content = parse_object(text, MANIFEST)
         if content.get("format") != FORMAT:
             raise BundleError(f"{MANIFEST}: format is {content.get('format')!r}, expected {FORMAT!r}; export again")
         if content.get("format_version") != FORMAT_VERSION:
@@ -152,7 +191,7 @@ class Manifest:
                 f"{MANIFEST}: format_version is {content.get('format_version')!r}, this switchkd reads "
                 f"{FORMAT_VERSION}; export again, or install the switchkd that wrote it"
             )
-        root = _Reader(content, MANIFEST)
+        root = Reader(content, MANIFEST)
         files = root.object("files")
         return cls(
             model=_read_model(root.object("model")),
@@ -163,55 +202,7 @@ class Manifest:
         )
 
 
-class _Reader:
-    """Takes typed fields out of parsed JSON, and says where in the file a wrong one stands."""
-
-    def __init__(self, content: Any, where: str) -> None:
-        if not isinstance(content, dict):
-            raise BundleError(f"{where}: is {_kind(content)}, expected an object; export again")
-        self.content, self.where = content, where
-
-    def _get(self, key: str, kind: type | tuple[type, ...], expected: str) -> Any:
-        value = self.content.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            found = _kind(value) if key in self.content else "missing"
-            raise BundleError(f"{self.where}: {key} is {found}, expected {expected}; export again")
-        return value
-
-    def text(self, key: str) -> str:
-        return str(self._get(key, str, "text"))
-
-    def count(self, key: str) -> int:
-        value = int(self._get(key, int, "a number"))
-        if value < 0:
-            raise BundleError(f"{self.where}: {key} is {value}, expected zero or more; export again")
-        return value
-
-    def counts(self, key: str) -> tuple[int, ...]:
-        values = self._get(key, list, "a list of numbers")
-        if not all(isinstance(value, int) and value >= 0 for value in values):
-            raise BundleError(f"{self.where}: {key} is {values}, expected a list of numbers; export again")
-        return tuple(values)
-
-    def dimensions(self, key: str) -> tuple[int | str, ...]:
-        values = self._get(key, list, "a list of dimensions")
-        if not all(isinstance(value, (int, str)) for value in values):
-            raise BundleError(f"{self.where}: {key} is {values}, expected numbers and names; export again")
-        return tuple(values)
-
-    def object(self, key: str) -> "_Reader":
-        return _Reader(self._get(key, dict, "an object"), f"{self.where}: {key}")
-
-    def objects(self, key: str) -> Iterator["_Reader"]:
-        for index, value in enumerate(self._get(key, list, "a list")):
-            yield _Reader(value, f"{self.where}: {key}[{index}]")
-
-
-def _kind(value: Any) -> str:
-    return {dict: "an object", list: "a list", str: "text", type(None): "null"}.get(type(value), repr(value))
-
-
-def _read_model(model: _Reader) -> ModelFacts:
+def _read_model(model: Reader) -> ModelFacts:
     cache = model.object("cache")
     return ModelFacts(
         image_token=model.text("image_token"),
@@ -226,22 +217,24 @@ def _read_model(model: _Reader) -> ModelFacts:
             layers=cache.count("layers"),
             kv_heads=cache.count("kv_heads"),
             head_dim=cache.count("head_dim"),
-            dtype=cache.text("dtype"),
         ),
     )
 
 
-def _read_picture_shape(model: _Reader) -> tuple[int, int, int]:
+def _read_picture_shape(model: Reader) -> tuple[int, int, int]:
     shape = model.counts("picture_shape")
     if len(shape) != 3:
         raise BundleError(f"{model.where}: picture_shape is {shape}, expected channels, height, width; export again")
     return shape[0], shape[1], shape[2]
 
 
-def _read_graph(graph: _Reader) -> GraphFile:
+def _read_graph(graph: Reader) -> GraphFile:
     name = graph.text("name")
     if name not in GRAPHS:
         raise BundleError(f"{graph.where}: name is {name!r}, expected one of {', '.join(GRAPHS)}; export again")
+    form = graph.text("form")
+    if form not in FORMS:
+        raise BundleError(f"{graph.where}: form is {form!r}, this switchkd knows {', '.join(FORMS)}; update it")
 
     def tensors(key: str) -> tuple[TensorSpec, ...]:
         return tuple(
@@ -250,20 +243,18 @@ def _read_graph(graph: _Reader) -> GraphFile:
         )
 
     return GraphFile(
-        name, graph.text("precision"), graph.text("form"), graph.text("file"), tensors("inputs"), tensors("outputs")
+        name=name,
+        precision=graph.text("precision"),
+        form=form,
+        file=graph.text("file"),
+        data=graph.texts("data"),
+        inputs=tensors("inputs"),
+        outputs=tensors("outputs"),
     )
 
 
-def _read_file(facts: _Reader) -> FileFacts:
+def _read_file(facts: Reader) -> FileFacts:
     return FileFacts(facts.count("bytes"), facts.text("sha256"))
-
-
-def _parse_object(text: str, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BundleError(f"{name}: not valid JSON ({error}); export again") from error
-    return dict(_Reader(content, name).content)
 
 
 def sha256(path: Path) -> str:
@@ -274,7 +265,7 @@ def sha256(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle folder that was found complete, opened for one precision."""
+    """A bundle folder that was found complete, opened for one precision and one form of the decoder."""
 
     path: Path
     precision: str
@@ -282,12 +273,14 @@ class Bundle:
     preprocessing: Preprocessing
     chat_template: str
     special_tokens: Mapping[str, str]
+    form: str | None = None  # of the decoder; None: the one that the manifest lists first
 
     @classmethod
     def open(cls, path: str | Path, precision: str | None = None, *, check_hashes: bool = False) -> Self:
         """Read and check a bundle folder; `precision=None` takes the first that was exported.
 
-        Sizes are always compared with the manifest, contents (SHA-256) with `check_hashes`. Raises BundleError.
+        Sizes are always compared with the manifest, contents (SHA-256) and files that it does not list with
+        `check_hashes`. No graph is loaded before every check has passed. Raises BundleError.
         """
         path = Path(path)
         manifest = read_manifest(path)
@@ -297,9 +290,18 @@ class Bundle:
             have = ", ".join(manifest.precisions) or "none"
             raise BundleError(f"{path}: holds no graphs in {precision!r}, only {have}; choose one of them or export it")
         _check_files(path, manifest, check_hashes)
+        _check_unlisted(path, manifest, check_hashes)
+        bundle = cls.of(path, precision, manifest)
         for name in GRAPHS:
-            if not any(graph.name == name and graph.precision == precision for graph in manifest.graphs):
-                raise BundleError(f"{path / MANIFEST}: lists no {name} in {precision}; export again")
+            bundle.graph(name)  # raises where it is not there
+        for graph in manifest.graphs:
+            if graph.precision == precision:
+                _check_graph(path, graph)
+        return bundle
+
+    @classmethod
+    def of(cls, path: Path, precision: str, manifest: Manifest) -> Self:
+        """A bundle of this manifest with its settings read, its files unchecked; raises BundleError."""
         return cls(
             path=path,
             precision=precision,
@@ -319,11 +321,30 @@ class Bundle:
         """The file that `tokenizers.Tokenizer.from_file` reads."""
         return self.path / TOKENIZER
 
+    @property
+    def cache_dtype(self) -> str:
+        """The type of the KV cache, as numpy names it; precisions differ in it."""
+        first = self.model.cache.past_names()[0]
+        return next(tensor.dtype for tensor in self.graph(DECODER).inputs if tensor.name == first)
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The forms in which the decoder is there, the default first."""
+        return self.manifest.forms(self.precision)
+
+    def in_form(self, form: str) -> Self:
+        """The same with the decoder in another form; raises BundleError where it is not among `forms`."""
+        if form not in self.forms:
+            have = ", ".join(self.forms)
+            raise BundleError(f"{self.path}: holds no {form} decoder in {self.precision}, only {have}; export it")
+        return replace(self, form=form)
+
     def graph(self, name: str, precision: str | None = None) -> GraphFile:
         """The entry of a graph (one of GRAPHS), in the bundle's precision unless another is named."""
         precision = precision or self.precision
         for graph in self.manifest.graphs:
-            if graph.name == name and graph.precision == precision:
+            formed = name != DECODER or self.form in (None, graph.form)
+            if graph.name == name and graph.precision == precision and formed:
                 return graph
         raise BundleError(f"{self.path / MANIFEST}: lists no {name} in {precision}; export again")
 
@@ -349,7 +370,8 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _check_files(path: Path, manifest: Manifest, check_hashes: bool) -> None:
-    for name in [*REQUIRED_FILES, *(graph.file for graph in manifest.graphs)]:
+    needed = [name for graph in manifest.graphs for name in (graph.file, *graph.data)]
+    for name in [*REQUIRED_FILES, *needed]:
         if name not in manifest.files:
             raise BundleError(f"{path / MANIFEST}: does not list {name}, which every bundle needs; export again")
     root = path.resolve()
@@ -369,6 +391,39 @@ def _check_files(path: Path, manifest: Manifest, check_hashes: bool) -> None:
             raise BundleError(f"{file}: its SHA-256 is not the manifest's, so it was altered; copy the bundle again")
 
 
+def _check_unlisted(path: Path, manifest: Manifest, everything: bool) -> None:
+    """Refuse what could be taken for a part of the bundle, or with `everything` any file that the manifest lacks.
+
+    Hidden ones are a hub's or a version control's. Otherwise somebody's picture beside the bundle does no harm.
+    """
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path)
+        if any(part.startswith(".") for part in name.parts) or not (file.is_file() or file.is_symlink()):
+            continue
+        if name.suffix.lower() in _PICKLES:
+            raise BundleError(f"{file}: {name.suffix} files can hold code and belong in no bundle; remove it")
+        if name == Path(MANIFEST) or name.as_posix() in manifest.files:
+            continue
+        if everything or name.suffix.lower().startswith(".onnx"):
+            raise BundleError(f"{file}: the manifest does not list it; remove it, or copy the bundle again")
+
+
+def _check_graph(path: Path, graph: GraphFile) -> None:
+    """Refuse a graph with operators from elsewhere, or with weights in files that the manifest does not name for it."""
+    file = path / graph.file
+    try:
+        names = read_names(file)
+    except OnnxWireError as error:
+        raise BundleError(f"{file}: not an ONNX graph ({error}); copy the bundle again") from error
+    if strange := sorted(names.domains - set(DOMAINS)):
+        raise BundleError(f"{file}: uses operators of {strange[0]!r}, which ONNX Runtime lacks; do not use this bundle")
+    for name in sorted(names.locations):
+        if (PurePosixPath(graph.file).parent / name).as_posix() not in graph.data or "\\" in name:
+            raise BundleError(
+                f"{file}: keeps weights in {name!r}, which the manifest does not list for it; do not use this bundle"
+            )
+
+
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -379,7 +434,7 @@ def _read_text(path: Path) -> str:
 def _read_preprocessing(path: Path) -> Preprocessing:
     file = path / "preprocessor_config.json"
     try:
-        return Preprocessing.from_config(_parse_object(_read_text(file), str(file)))
+        return Preprocessing.from_config(parse_object(_read_text(file), str(file)))
     except PictureError as error:
         raise BundleError(f"{file}: {error}; export again") from error
 
@@ -388,7 +443,7 @@ def _read_special_tokens(path: Path) -> dict[str, str]:
     """Special tokens by the names that chat templates know, like `bos_token`."""
     file = path / "tokenizer_config.json"
     tokens = {}
-    for key, value in _parse_object(_read_text(file), str(file)).items():
+    for key, value in parse_object(_read_text(file), str(file)).items():
         value = value.get("content") if isinstance(value, dict) else value
         if key.endswith("_token") and isinstance(value, str):
             tokens[key] = value

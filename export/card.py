@@ -5,7 +5,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from .bundle import GRAPHS, Bundle, Manifest
+from .bundle import DECODER, FUSED, GRAPHS, PORTABLE, Bundle, Manifest
+from .precisions import PRECISIONS
 from .prompt import render_chat
 
 CARD = "README.md"
@@ -26,6 +27,8 @@ SHA-256, every tensor with its name and shape, and the source.
 ## Sizes
 
 $sizes
+
+$notes
 
 ## Parity
 
@@ -93,7 +96,7 @@ prompt = $prompt.replace("QUESTION", question).replace("$image_token", "$image_t
 ids = np.array([tokenizer.encode(prompt, add_special_tokens=False).ids])
 embeds = embed.run(None, {"input_ids": ids})[0]
 embeds[ids == $image_token_id] = features.reshape(-1, features.shape[-1])
-past = {i.name: np.zeros((1, $kv_heads, 0, $head_dim), np.float32)
+past = {i.name: np.zeros((1, $kv_heads, 0, $head_dim), np.$cache_dtype)
         for i in decoder.get_inputs() if i.name.startswith("past_key_values.")}
 answer, length = [], 0
 while len(answer) < 64:
@@ -101,8 +104,7 @@ while len(answer) < 64:
     logits, *cache = decoder.run(None, {
         "inputs_embeds": embeds,
         "attention_mask": np.ones((1, length + new), np.int64),
-        "position_ids": np.arange(length, length + new)[None],
-        **past,
+$positions        **past,
     })
     past, length = dict(zip(past, cache)), length + new
     token = int(logits[0, -1].argmax())
@@ -128,6 +130,7 @@ def write_card(bundle: Bundle, manifest: Manifest) -> None:
         height=height,
         width=width,
         sizes=_sizes(manifest),
+        notes=_notes(manifest),
         prompts=greedy["prompts"],
         new_tokens=greedy["max_new_tokens"],
         parity=_parity(records),
@@ -138,16 +141,22 @@ def write_card(bundle: Bundle, manifest: Manifest) -> None:
     (bundle.path / CARD).write_text(text, encoding="utf-8")
 
 
+def _notes(manifest: Manifest) -> str:
+    lines = [f"- `{name}`: {PRECISIONS[name].note}" for name in manifest.precisions]
+    if fused := [f"`{variant}`" for variant, (_, form) in manifest.variants().items() if form == FUSED]:
+        lines.append(
+            f"- The decoder of {', '.join(fused)} is made of ONNX Runtime's fused operators: no `position_ids`, and a "
+            "batch is padded on the right only."
+        )
+    return "\n".join(lines)
+
+
 def _sizes(manifest: Manifest) -> str:
     rows = [["precision", *GRAPHS, "together"]]
-    for precision in manifest.precisions:
-        sizes = [
-            manifest.files[graph.file].bytes
-            for name in GRAPHS
-            for graph in manifest.graphs
-            if (graph.name, graph.precision) == (name, precision)
-        ]
-        rows.append([precision, *(f"{size / 1e6:.2f} MB" for size in (*sizes, sum(sizes)))])
+    for variant, (precision, form) in manifest.variants().items():
+        by_graph = manifest.graph_bytes(precision, form)
+        sizes = [by_graph[name] for name in GRAPHS]
+        rows.append([variant, *(f"{size / 1e6:.2f} MB" for size in (*sizes, sum(sizes)))])
     return _table(rows)
 
 
@@ -178,7 +187,9 @@ def _script(bundle: Bundle, manifest: Manifest) -> str:
     prompt = render_chat(
         bundle.chat_template, [question], add_generation_prompt=True, special_tokens=bundle.special_tokens
     )
+    positions = '        "position_ids": np.arange(length, length + new)[None],\n'
     return _SCRIPT.substitute(
+        positions=positions if bundle.graph(DECODER).form == PORTABLE else "",
         suffix=Path(bundle.graph(GRAPHS[0]).file).stem.removeprefix(GRAPHS[0]),
         width=width,
         height=height,
@@ -192,5 +203,6 @@ def _script(bundle: Bundle, manifest: Manifest) -> str:
         tokens=model.tokens_per_picture,
         kv_heads=model.cache.kv_heads,
         head_dim=model.cache.head_dim,
+        cache_dtype=bundle.cache_dtype,
         eos=model.eos_token_ids,
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import logging as transformers_logging
@@ -33,6 +33,14 @@ class Checkpoint:
     generation_config: dict[str, Any]
     chat_template: str
 
+    def release(self) -> None:
+        """Give the weights' memory back; the model cannot run any more.
+
+        Dropping the model is not enough: torch's exporter holds on to parameters that it has traced.
+        """
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            tensor.data = tensor.new_empty(0)
+
     @property
     def config(self) -> Any:
         """The model's LlavaConfig; transformers types its two parts as optional, `open_checkpoint` has seen them."""
@@ -57,9 +65,15 @@ class Checkpoint:
                 layers=text.num_hidden_layers,
                 kv_heads=text.num_key_value_heads,
                 head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-                dtype="float32",
             ),
         )
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The type that config.json gives the weights, whatever they were loaded as; float32 if it is silent."""
+        config = _read_json(self.path / "config.json")
+        name = config.get("dtype") or config.get("torch_dtype")
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(name), torch.float32)
 
     @property
     def projector(self) -> str:
@@ -93,6 +107,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise ExportError(f"{path}: no such checkpoint folder; give a folder written by `save_pretrained`")
     _check_architecture(path)
+    _check_weights(path)
     processor_config = _read_json(path / "processor_config.json", optional=True)
     # transformers 4 wrote the picture settings into a file of their own.
     image_processor = processor_config.get("image_processor") or _read_json(path / "preprocessor_config.json")
@@ -127,6 +142,34 @@ def _check_architecture(path: Path) -> None:
             raise ExportError(f"{path / 'config.json'}: {name} is {found!r}, switchkd exports {' or '.join(known)}")
     if set(text.get("layer_types") or ["full_attention"]) != {"full_attention"}:
         raise ExportError(f"{path / 'config.json'}: the language model uses sliding windows, which cannot be exported")
+
+
+def _check_weights(path: Path) -> None:
+    """Find every file of the weights whole before any is read."""
+    index = path / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ExportError(f"{index}: names no weights; save the checkpoint again")
+        names = {str(name) for name in weight_map.values()}
+    for name in sorted(names):
+        file = path / name
+        if Path(name).name != name:
+            raise ExportError(f"{index}: names {name!r}, which is no file of this folder; save the checkpoint again")
+        if not file.is_file():
+            pickled = sorted(other.name for other in path.iterdir() if other.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+            if pickled and not index.is_file():
+                raise ExportError(
+                    f"{path / pickled[0]}: pickled weights can hold code and are never loaded; save the checkpoint "
+                    "again with transformers 5, which writes safetensors"
+                )
+            raise ExportError(f"{file}: missing, the weights are incomplete; copy or save the checkpoint again")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ExportError(f"{file}: not whole ({error}); copy or save the checkpoint again") from error
 
 
 def _load_model(path: Path) -> LlavaForConditionalGeneration:

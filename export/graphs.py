@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
 from optimum.exporters.base import ExporterConfig
 from optimum.utils import (
@@ -27,10 +28,10 @@ from torch import nn
 from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrainedConfig
 
 from .bundle import DECODER, EMBED_TOKENS, PORTABLE, VISION_ENCODER, ModelFacts, TensorSpec, portable_tensors
+from .onnx_graph import Storage, unload
 
 OPSET = 20  # the newest that browsers' and phones' ONNX Runtime all know
 TASK = "image-text-to-text"
-MAX_PROTOBUF_BYTES = 2**31 - 2**20  # the format's own limit, less the graph around the weights
 
 
 class ExportError(ValueError):
@@ -42,29 +43,29 @@ class GraphDescription(ExporterConfig):  # type: ignore[misc]  # optimum carries
 
     name: str
     form: str
+    stem = ""  # of its files' names where the graph's name is another form's
 
     def __init__(self, config: PreTrainedConfig, facts: ModelFacts) -> None:
         super().__init__(config, task=TASK)
         self.facts = facts
 
-    @property
-    def tensors(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    def tensors(self, cache_dtype: str = "float32") -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         """What the contract says goes in and out."""
-        return portable_tensors(self.name, self.facts)
+        return portable_tensors(self.name, self.facts, cache_dtype)
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
         """Input names in the graph's order, each with the names of its free axes."""
-        return _free_axes(self.tensors[0])
+        return _free_axes(self.tensors()[0])
 
     @property
     def outputs(self) -> dict[str, dict[int, str]]:
         """Output names in the graph's order, each with the names of its free axes."""
-        return _free_axes(self.tensors[1])
+        return _free_axes(self.tensors()[1])
 
     @abstractmethod
     def write(self, model: LlavaForConditionalGeneration, path: Path) -> None:
-        """Write the graph of `model` in float32 to `path`; raises ExportError."""
+        """Write the graph of `model` in float32 to `path`, its weights beside it."""
 
 
 def _free_axes(tensors: tuple[TensorSpec, ...]) -> dict[str, dict[int, str]]:
@@ -90,7 +91,7 @@ class TracedGraph(GraphDescription):
         return tuple(dummies.values()), tuple(self.inputs[name] for name in dummies)
 
     def write(self, model: LlavaForConditionalGeneration, path: Path) -> None:
-        """Trace, tidy and save the graph; raises ExportError where it is too large for one file."""
+        """Trace, tidy and save the graph; weights go from the model's own memory to the file."""
         arguments, free_axes = self.example()
         with quiet():
             program = torch.onnx.export(
@@ -104,17 +105,8 @@ class TracedGraph(GraphDescription):
                 verbose=False,
             )
         assert program is not None
-        weights = sum(
-            value.const_value.nbytes
-            for value in program.model.graph.initializers.values()
-            if value.const_value is not None
-        )
-        if weights > MAX_PROTOBUF_BYTES:
-            raise ExportError(
-                f"{self.name}: {weights / 2**30:.1f} GB of float32 weights do not fit into one ONNX file of 2 GB; "
-                "weights in separate files are not supported yet, choose a smaller model"
-            )
-        proto = program.model_proto
+        unload(program.model, path, Storage().part_bytes)
+        proto = ir.to_proto(program.model)
         self._tidy(proto)
         onnx.save_model(proto, path)
 
@@ -269,15 +261,6 @@ class PortableDecoder(TracedGraph):
 
 def _pairs(values: tuple[Any, ...]) -> list[tuple[Any, Any]]:
     return list(zip(values[::2], values[1::2], strict=True))
-
-
-def describe(config: Any, facts: ModelFacts) -> list[GraphDescription]:
-    """The graphs of a checkpoint with this LlavaConfig; a second form of the decoder would be one more in the list."""
-    return [
-        VisionEncoder(config.vision_config, facts),
-        EmbedTokens(config.text_config, facts),
-        PortableDecoder(config.text_config, facts),
-    ]
 
 
 @contextmanager

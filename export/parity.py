@@ -1,9 +1,10 @@
 """Compares a bundle's graphs with a reference (PyTorch, or the bundle's own float32 graphs) on real prompts.
 
-Shapes in names: C channels, H height, W width, P pictures, D hidden size, T tokens, S past + new tokens, V vocabulary.
+Shapes in names: C channels, H height, W width, P pictures, N visual tokens, D hidden size, T tokens, R some of them,
+S past + new tokens, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,13 +12,15 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from .bundle import DECODER, EMBED_TOKENS, GRAPHS, VISION_ENCODER, Bundle
+from .bundle import DECODER, EMBED_TOKENS, FUSED, GRAPHS, VISION_ENCODER, Bundle
 from .pixels import to_pixels
 from .precisions import Bounds
 from .prompt import expand_image_token, render_chat
-from .verification import Array, GraphRunner, Greedy, TokensError, ValuesError, VerificationError
+from .verification import MAX_PAST, Array, GraphRunner, Greedy, ScoreError, TokensError, ValuesError, VerificationError
 
 MAX_NEW_TOKENS = 16
+MAX_ROWS = 64  # places of a prompt at which logits are compared: all of them would be half a gigabyte a picture
+SLACK = 1.5  # another processor rounds otherwise
 # Pictures per prompt and its words: a text alone, short and long questions, two pictures.
 QUESTIONS = (
     (1, "What is in the picture?"),
@@ -27,9 +30,10 @@ QUESTIONS = (
     (1, "Is it red?"),
     (1, "Read the text."),
 )
+MORE_QUESTIONS = ((3, "How many of them are drawn?"), (4, "Put the four in order."))  # for a full verification
 
 
-class Reference(Protocol):
+class Model(Protocol):
     """What both PyTorch and a GraphRunner can do."""
 
     def encode(self, pixels_PCHW: Array) -> Array:
@@ -38,11 +42,8 @@ class Reference(Protocol):
     def embed(self, ids_BT: Array) -> Array:
         """Token ids to embeds_BTD."""
 
-    def logits(self, embeds_BTD: Array) -> Array:
-        """logits_BTV of whole prompts in one go."""
-
-    def merge(self, ids: Sequence[int], pixels_PCHW: Array | None) -> Array:
-        """embeds_1TD of a prompt, visual features in the places of its image tokens."""
+    def logits(self, embeds_1TD: Array, rows_R: Array) -> Array:
+        """logits_RV at some places of a whole prompt."""
 
     def greedy(self, ids: Sequence[int], pixels_PCHW: Array | None, max_new_tokens: int) -> Greedy:
         """The most likely answer, token by token."""
@@ -50,10 +51,39 @@ class Reference(Protocol):
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """A prompt ready for the model."""
+    """A prompt ready for the model; `places_T` is true at image tokens."""
 
     ids: list[int]
     pixels_PCHW: Array | None
+    places_T: Array
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a reference says to one prompt; with it the reference itself is no longer needed."""
+
+    features_PND: Array | None
+    embeds_1TD: Array  # of the ids
+    merged_1TD: Array  # with features in the places of image tokens
+    rows_R: Array
+    logits_RV: Array
+    answer: Greedy
+
+
+def record(reference: Model, prompts: list[SamplePrompt]) -> list[Expected]:
+    """Ask a reference everything that `compare` will compare."""
+    features = [None if prompt.pixels_PCHW is None else reference.encode(prompt.pixels_PCHW) for prompt in prompts]
+    expected = []
+    for prompt, features_PND in zip(prompts, features, strict=True):
+        embeds_1TD = reference.embed(np.array([prompt.ids], dtype=np.int64))
+        merged_1TD = embeds_1TD.copy()
+        if features_PND is not None:
+            merged_1TD[0, prompt.places_T] = features_PND.reshape(-1, merged_1TD.shape[-1])
+        rows_R = np.unique(np.linspace(0, len(prompt.ids) - 1, MAX_ROWS).astype(np.int64))
+        logits_RV = reference.logits(merged_1TD, rows_R)
+        answer = reference.greedy(prompt.ids, prompt.pixels_PCHW, MAX_NEW_TOKENS)
+        expected.append(Expected(features_PND, embeds_1TD, merged_1TD, rows_R, logits_RV, answer))
+    return expected
 
 
 class Difference:
@@ -92,15 +122,22 @@ class Difference:
             )
 
     def record(self) -> dict[str, float]:
-        """The numbers for the manifest."""
+        """Return the numbers for the manifest."""
         return {"max_abs": self.max_abs, "relative_rms": self.relative_rms}
 
 
-def sample_prompts(bundle: Bundle) -> list[SamplePrompt]:
-    """Prompts of several lengths with pictures, the same every time."""
+def sample_prompts(bundle: Bundle, *, full: bool = False) -> list[SamplePrompt]:
+    """Prompts of several lengths with pictures, the same every time; `full` adds long ones."""
     tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
     random = np.random.default_rng(0)
-    return [_sample(bundle, tokenizer, pictures, question, random) for pictures, question in QUESTIONS]
+    prompts = [_sample(bundle, tokenizer, pictures, question, random) for pictures, question in QUESTIONS]
+    if full:
+        room = bundle.model.max_positions - MAX_NEW_TOKENS
+        more = [_sample(bundle, tokenizer, pictures, question, random) for pictures, question in MORE_QUESTIONS]
+        prompts += [prompt for prompt in more if len(prompt.ids) <= room]
+        length = min(MAX_PAST + 1, room)
+        prompts.append(SamplePrompt((prompts[2].ids * length)[:length], None, np.zeros(length, dtype=bool)))
+    return prompts
 
 
 def _sample(
@@ -121,9 +158,9 @@ def _sample(
             f"the chat template and tokenizer make {ids.count(bundle.model.image_token_id)} image tokens for "
             f"{pictures} pictures, expected {expected}; check {bundle.model.image_token!r} in both"
         )
-    if not pictures:
-        return SamplePrompt(ids, None)
-    return SamplePrompt(ids, np.stack([to_pixels(_picture(random), bundle.preprocessing) for _ in range(pictures)]))
+    places_T = np.array(ids) == bundle.model.image_token_id
+    pixels = [to_pixels(_picture(random), bundle.preprocessing) for _ in range(pictures)]
+    return SamplePrompt(ids, np.stack(pixels) if pixels else None, places_T)
 
 
 def _picture(random: np.random.Generator) -> Image.Image:
@@ -133,19 +170,23 @@ def _picture(random: np.random.Generator) -> Image.Image:
     return Image.fromarray(np.clip(blocks + noise, 0, 255).astype(np.uint8))
 
 
-def compare(runner: GraphRunner, reference: Reference, bounds: Bounds) -> dict[str, Any]:
-    """Measure every graph against the reference; raises ValuesError or TokensError beyond the bounds.
+def compare(
+    runner: GraphRunner, prompts: list[SamplePrompt], expected: list[Expected], bounds: Bounds
+) -> dict[str, Any]:
+    """Measure every graph against what a reference said; raises ValuesError or TokensError beyond the bounds.
 
     Returns the numbers for the manifest.
     """
-    prompts = sample_prompts(runner.bundle)
     vision, embeddings, logits = Difference(), Difference(), Difference()
-    for prompt in prompts:
-        if prompt.pixels_PCHW is not None:
-            vision.add(runner.encode(prompt.pixels_PCHW), reference.encode(prompt.pixels_PCHW))
-        ids_1T = np.array([prompt.ids], dtype=np.int64)
-        embeddings.add(runner.embed(ids_1T), reference.embed(ids_1T))
-    _compare_decoder(runner, reference, prompts, logits)
+    for prompt, want in zip(prompts, expected, strict=True):
+        if prompt.pixels_PCHW is not None and want.features_PND is not None:
+            vision.add(runner.encode(prompt.pixels_PCHW), want.features_PND)
+    for prompt, want in zip(prompts, expected, strict=True):
+        embeddings.add(runner.embed(np.array([prompt.ids], dtype=np.int64)), want.embeds_1TD)
+        _compare_decoder(runner, want, logits)
+    _compare_padded(runner, expected[:3:2], logits)  # a picture and a text
+    if len(expected) > len(QUESTIONS):
+        _compare_padded(runner, expected[2:6], logits)
     tie = 2 * bounds.logits_max * max(1.0, logits.expected_rms)
     files = {name: runner.bundle.graph(name).file for name in GRAPHS}
     vision.check(files[VISION_ENCODER], bounds.vision_max, bounds.relative_rms)
@@ -155,47 +196,62 @@ def compare(runner: GraphRunner, reference: Reference, bounds: Bounds) -> dict[s
         "image_features": vision.record(),
         "inputs_embeds": embeddings.record(),
         "logits": logits.record(),
-        "greedy": _compare_answers(runner, reference, prompts, bounds, tie),
+        "greedy": _compare_answers(runner, prompts, expected, bounds, tie),
     }
 
 
-def _compare_decoder(
-    runner: GraphRunner, reference: Reference, prompts: list[SamplePrompt], difference: Difference
-) -> None:
-    """Whole prompts, prompts in pieces, and a batch with padding on the left, each against the reference's whole."""
-    embeds = [reference.merge(prompt.ids, prompt.pixels_PCHW) for prompt in prompts]
-    expected = [reference.logits(embeds_1TD) for embeds_1TD in embeds]
-    for embeds_1TD, expected_1TV in zip(embeds, expected, strict=True):
-        difference.add(runner.logits(embeds_1TD), expected_1TV)
-        cache, length = runner.empty_cache(), embeds_1TD.shape[1]
-        for start, end in ((0, length // 2), (length // 2, length - 1), (length - 1, length)):
-            logits_1TV, cache = runner.decode(embeds_1TD[:, start:end], cache)
-            difference.add(logits_1TV, expected_1TV[:, start:end])
-    longest = max(embeds_1TD.shape[1] for embeds_1TD in embeds)
-    padded_BTD = np.concatenate([_pad_left(embeds_1TD, longest) for embeds_1TD in embeds])
-    mask_BS = np.stack([np.arange(longest) >= longest - embeds_1TD.shape[1] for embeds_1TD in embeds]).astype(np.int64)
-    # The last token goes in alone, so that padding also lies in the cache.
-    head_BTV, cache = runner.decode(padded_BTD[:, :-1], runner.empty_cache(len(embeds)), mask_BS[:, :-1])
-    last_BTV, _ = runner.decode(padded_BTD[:, -1:], cache, mask_BS)
-    batch_BTV = np.concatenate([head_BTV, last_BTV], axis=1)
-    for row, expected_1TV in enumerate(expected):
-        difference.add(batch_BTV[row : row + 1, longest - expected_1TV.shape[1] :], expected_1TV)
+def _compare_decoder(runner: GraphRunner, want: Expected, difference: Difference) -> None:
+    """A prompt in one go, and in three pieces with a cache."""
+    difference.add(runner.logits(want.merged_1TD, want.rows_R), want.logits_RV)
+    cache, length = runner.empty_cache(), want.merged_1TD.shape[1]
+    for start, end in ((0, length // 2), (length // 2, length - 1), (length - 1, length)):
+        logits_1TV, cache = runner.decode(want.merged_1TD[:, start:end], cache)
+        inside = (want.rows_R >= start) & (want.rows_R < end)
+        difference.add(logits_1TV[0, want.rows_R[inside] - start], want.logits_RV[inside])
 
 
-def _pad_left(embeds_1TD: Array, length: int) -> Array:
-    return np.pad(embeds_1TD, ((0, 0), (length - embeds_1TD.shape[1], 0), (0, 0)))
+def _compare_padded(runner: GraphRunner, wants: list[Expected], difference: Difference) -> None:
+    """Prompts as a batch with padding on the left, or on the right where the decoder is fused.
+
+    The last token of each goes in alone, so padding lies in the cache too.
+    """
+    longest = max(want.merged_1TD.shape[1] for want in wants)
+    counts = [longest - want.merged_1TD.shape[1] for want in wants]
+    sides = [(0, count) if runner.form == FUSED else (count, 0) for count in counts]
+    heads_BTD = np.concatenate(
+        [np.pad(want.merged_1TD[:, :-1], ((0, 0), side, (0, 0))) for want, side in zip(wants, sides, strict=True)]
+    )
+    mask_BT = np.stack([np.pad(np.ones(longest - 1 - sum(side), dtype=np.int64), side) for side in sides])
+    head_BTV, cache = runner.decode(heads_BTD, runner.empty_cache(len(wants)), mask_BT)
+    lasts_B1D = np.concatenate([want.merged_1TD[:, -1:] for want in wants])
+    last_BTV, _ = runner.decode(lasts_B1D, cache, np.pad(mask_BT, ((0, 0), (0, 1)), constant_values=1))
+    for row, (want, (left, _right)) in enumerate(zip(wants, sides, strict=True)):
+        difference.add(head_BTV[row, want.rows_R[:-1] + left], want.logits_RV[:-1])
+        difference.add(last_BTV[row], want.logits_RV[-1:])
+
+
+def check_scores(precision: str, found: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
+    """Raise ScoreError where a precision does worse than the record of its export, by more than machines differ."""
+    for name in ("image_features", "inputs_embeds", "logits"):
+        score = recorded.get(name, {}).get("relative_rms")
+        if not isinstance(score, float):
+            raise ScoreError(f"{precision}: the manifest records no score of {name}; export again")
+        if found[name]["relative_rms"] > SLACK * score + 1e-4:
+            raise ScoreError(
+                f"{precision}: {name} are off by {found[name]['relative_rms']:.2e}, at export it was {score:.2e}; this "
+                "machine computes the graph otherwise, or it was altered"
+            )
 
 
 def _compare_answers(
-    runner: GraphRunner, reference: Reference, prompts: list[SamplePrompt], bounds: Bounds, tie: float
+    runner: GraphRunner, prompts: list[SamplePrompt], wants: list[Expected], bounds: Bounds, tie: float
 ) -> dict[str, float | int | None]:
     """Greedy answers from pictures and ids alone: how many are equal, and where the others part.
 
     Where both tokens are likely within `tie` of each other no precision can decide, and nothing is refused.
     """
     equal, divergences = 0, []
-    for prompt in prompts:
-        expected = reference.greedy(prompt.ids, prompt.pixels_PCHW, MAX_NEW_TOKENS)
+    for prompt, expected in zip(prompts, (want.answer for want in wants), strict=True):
         got = runner.greedy(prompt.ids, prompt.pixels_PCHW, MAX_NEW_TOKENS)
         if got.tokens == expected.tokens:
             equal += 1

@@ -1,14 +1,15 @@
 """The table of precisions: how each is made from the float32 graphs, and how far it may be from the model."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization import QuantType
 
 from .bundle import EMBED_TOKENS
-from .graphs import ExportError, quiet
+from .graphs import ExportError
+from .half import halve
+from .onnx_graph import OnnxGraph
+from .weight_only import Tool, blocks_of_4_bits, dynamic, normal_floats, quantize
 
 
 @dataclass(frozen=True)
@@ -27,45 +28,71 @@ class Precision:
 
     name: str
     suffix: str  # as transformers.js looks for it
-    write: Callable[[str, Path, Path], None]  # graph name, float32 file, file to write
+    change: Callable[[str, OnnxGraph], None]  # turns a float32 graph, given its name, into this precision
     bounds: Bounds
+    note: str  # what it is, for the card
+    cache_dtype: str = "float32"  # of the decoder's KV cache; every other input and output is float32 or int64
 
 
-def _copy(_: str, source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
+# transformers.js puts visual features among embeddings as float32, and takes float16 for the caches of these two alone.
+_FLOAT32 = ["pixel_values", "image_features", "inputs_embeds", "logits"]
 
 
-def _int8(graph: str, source: Path, target: Path) -> None:
-    """Dynamic quantisation to MatMulInteger: 8-bit activations without sign, weights with sign, per output channel.
+def _products(product: Tool, table: Tool) -> Callable[[str, OnnxGraph], None]:
+    """Quantise constant matrices of a graph: embeddings by one tool, all others by another."""
 
-    Products of two activations stay float32. Embeddings become 8 bit too: they are the largest table of a small model.
-    """
-    with quiet():
-        quantize_dynamic(
-            source,
-            target,
-            op_types_to_quantize=["Gather"] if graph == EMBED_TOKENS else ["MatMul"],
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": True},
-        )
+    def change(name: str, graph: OnnxGraph) -> None:
+        if name == EMBED_TOKENS:
+            quantize(graph, "Gather", table)  # the largest table of a small model
+        else:
+            quantize(graph, "MatMul", product)
+
+    return change
 
 
+def _unchanged(_name: str, _graph: OnnxGraph) -> None:
+    """As traced."""
+
+
+def _half(_name: str, graph: OnnxGraph) -> None:
+    halve(graph, _FLOAT32)
+
+
+_int8 = _products(dynamic(QuantType.QInt8), dynamic(QuantType.QInt8))
+_uint8 = _products(dynamic(QuantType.QUInt8), dynamic(QuantType.QUInt8))
+# A zero point in every block brings the weights nearer than symmetric blocks do; GatherBlockQuantized needs it.
+_q4 = _products(blocks_of_4_bits(symmetric=False), blocks_of_4_bits(symmetric=False))
+_bnb4 = _products(normal_floats, blocks_of_4_bits(symmetric=False))
+
+
+def _q4f16(name: str, graph: OnnxGraph) -> None:
+    _half(name, graph)
+    _q4(name, graph)
+
+
+def _within(relative_rms: float) -> Bounds:
+    return Bounds(float("inf"), float("inf"), relative_rms, same_tokens=False)
+
+
+_FAST_8_BIT = "uint8 activations, quantised at run time, × {} weights per output channel; embeddings the same"
+_HALF = (
+    "float16 weights, activations and KV cache; a CPU computes most of it in float32, so it is small there, not fast"
+)
+_4_BIT = "4-bit weights and embeddings with a scale and a zero point for every 32; {}"
+
+# A broken graph is off by its whole signal (1.0 and more).
 PRECISIONS = {
     precision.name: precision
     for precision in (
+        Precision("fp32", "", _unchanged, Bounds(1e-4, 1e-3, 1e-4, same_tokens=True), "as trained"),
+        Precision("fp16", "_fp16", _half, _within(0.02), _HALF, "float16"),
+        Precision("int8", "_int8", _int8, _within(0.3), _FAST_8_BIT.format("int8")),
+        Precision("uint8", "_uint8", _uint8, _within(0.3), _FAST_8_BIT.format("uint8")),
+        Precision("q8", "_quantized", _int8, _within(0.3), "`int8` under the name that browsers load by default"),
+        Precision("q4", "_q4", _q4, _within(0.6), _4_BIT.format("activations stay float32")),
+        Precision("q4f16", "_q4f16", _q4f16, _within(0.6), _4_BIT.format("the rest as in `fp16`"), "float16"),
         Precision(
-            name="fp32",
-            suffix="",
-            write=_copy,
-            bounds=Bounds(vision_max=1e-4, logits_max=1e-3, relative_rms=1e-4, same_tokens=True),
-        ),
-        # A broken 8-bit graph is off by its whole signal (1.0 and more); a sound one by some hundredths.
-        Precision(
-            name="int8",
-            suffix="_int8",
-            write=_int8,
-            bounds=Bounds(vision_max=float("inf"), logits_max=float("inf"), relative_rms=0.3, same_tokens=False),
+            "bnb4", "_bnb4", _bnb4, _within(0.6), "bitsandbytes' NF4 weights, 64 to a scale; embeddings as in `q4`"
         ),
     )
 }

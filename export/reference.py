@@ -1,11 +1,11 @@
 """The PyTorch model as the reference that graphs are compared with.
 
-Shapes in names: C channels, H height, W width, P pictures, N visual tokens, D hidden size, T tokens, V vocabulary.
+Shapes in names: C channels, H height, W width, P pictures, N visual tokens, D hidden size, T tokens, R some of them,
+V vocabulary.
 """
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration
 
@@ -32,18 +32,11 @@ class TorchReference:
         return embeds_BTD
 
     @torch.no_grad()
-    def logits(self, embeds_BTD: Array) -> Array:
-        """logits_BTV of whole prompts in one go."""
-        logits_BTV: Array = self.model(inputs_embeds=torch.from_numpy(embeds_BTD)).logits.numpy()
-        return logits_BTV
-
-    def merge(self, ids: Sequence[int], pixels_PCHW: Array | None) -> Array:
-        """embeds_1TD of a prompt, visual features in the places of its image tokens."""
-        embeds_1TD = self.embed(np.array([ids], dtype=np.int64)).copy()
-        if pixels_PCHW is not None:
-            places_T = np.array(ids) == self.model.config.image_token_id
-            embeds_1TD[0, places_T] = self.encode(pixels_PCHW).reshape(-1, embeds_1TD.shape[-1])
-        return embeds_1TD
+    def logits(self, embeds_1TD: Array, rows_R: Array) -> Array:
+        """logits_RV at some places of a whole prompt."""
+        output = self.model(inputs_embeds=torch.from_numpy(embeds_1TD), logits_to_keep=torch.from_numpy(rows_R))
+        logits_RV: Array = output.logits[0].numpy()
+        return logits_RV
 
     @torch.no_grad()
     def greedy(self, ids: Sequence[int], pixels_PCHW: Array | None, max_new_tokens: int) -> Greedy:

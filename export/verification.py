@@ -1,7 +1,7 @@
 """Runs a bundle's graphs with onnxruntime: do they load, carry the promised names, axes and shapes, and hold together?
 
 Shapes in names: B batch, C channels, H height, W width, P pictures, N visual tokens, D hidden size, T new tokens,
-V vocabulary.
+R some of them, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,10 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from .bundle import DECODER, EMBED_TOKENS, GRAPHS, VISION_ENCODER, Bundle, GraphFile, TensorSpec
+from .bundle import DECODER, EMBED_TOKENS, FUSED, PORTABLE, VISION_ENCODER, Bundle, GraphFile, ModelFacts, TensorSpec
+
+MAX_PROMPT = 2048  # tokens that go in at once
+MAX_PAST = 4096  # positions before them
 
 Array = npt.NDArray[Any]
 Cache = list[Array]  # key and value of every layer, as CacheShape.past_names orders them
@@ -57,6 +60,10 @@ class ValuesError(VerificationError):
     """Results are further from the expected values than allowed."""
 
 
+class ScoreError(VerificationError):
+    """A quantised graph is further from the reference than it was at export."""
+
+
 class TokensError(VerificationError):
     """Greedy answers differ where they must not."""
 
@@ -74,27 +81,42 @@ class GraphRunner:
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
-        self._graphs = {name: bundle.graph(name) for name in GRAPHS}
-        self._sessions = {}
-        for name, graph in self._graphs.items():
-            self._sessions[name] = _open_session(bundle, graph)
-            _check_interface(self._sessions[name], graph)
+        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self._features: dict[bytes, Array] = {}
+
+    @property
+    def form(self) -> str:
+        """The decoder's form."""
+        return self.bundle.graph(DECODER).form
 
     def run(self, name: str, inputs: Sequence[Array]) -> list[Array]:
-        """Run one graph on inputs in its own order; raises GraphRunError and ShapeError."""
-        graph = self._graphs[name]
+        """Run one graph on inputs in its own order; raises GraphRunError, NamesError, AxesError and ShapeError."""
+        graph = self.bundle.graph(name)
         feeds = {spec.name: array for spec, array in zip(graph.inputs, inputs, strict=True)}
+        session = self._session(name, graph)
         try:
-            outputs = self._sessions[name].run([spec.name for spec in graph.outputs], feeds)
+            outputs = session.run([spec.name for spec in graph.outputs], feeds)
         except _ORT_ERRORS as error:
             raise GraphRunError(f"{graph.file}: fails at {_shapes(feeds)}: {_one_line(error)}") from error
         results = [np.asarray(output) for output in outputs]
         _check_shapes(graph, list(inputs), results)
         return results
 
+    def _session(self, name: str, graph: GraphFile) -> onnxruntime.InferenceSession:
+        """Open a graph at its first use, and close the decoder for the encoder and the other way: both are large."""
+        if name not in self._sessions:
+            for other in {VISION_ENCODER: (DECODER,), DECODER: (VISION_ENCODER,)}.get(name, ()):
+                self._sessions.pop(other, None)
+            self._sessions[name] = _open_session(self.bundle, graph)
+            _check_interface(self._sessions[name], graph)
+        return self._sessions[name]
+
     def encode(self, pixels_PCHW: Array) -> Array:
-        """Pictures to features_PND."""
-        return self.run(VISION_ENCODER, [pixels_PCHW])[0]
+        """Pictures to features_PND, remembered: a prompt's pictures are asked for again and again."""
+        key = pixels_PCHW.tobytes()
+        if key not in self._features:
+            self._features[key] = self.run(VISION_ENCODER, [pixels_PCHW])[0]
+        return self._features[key]
 
     def embed(self, ids_BT: Array) -> Array:
         """Token ids to embeds_BTD."""
@@ -104,7 +126,7 @@ class GraphRunner:
         """A cache of length zero."""
         cache = self.bundle.model.cache
         shape = (batch, cache.kv_heads, 0, cache.head_dim)
-        return [np.zeros(shape, dtype=cache.dtype) for _ in cache.past_names()]
+        return [np.zeros(shape, dtype=self.bundle.cache_dtype) for _ in cache.past_names()]
 
     def decode(self, embeds_BTD: Array, cache: Cache, mask_BS: Array | None = None) -> tuple[Array, Cache]:
         """New tokens after a cache: logits_BTV and the grown cache; `mask_BS` is zero at padding."""
@@ -112,13 +134,20 @@ class GraphRunner:
         total = cache[0].shape[2] + new
         if mask_BS is None:
             mask_BS = np.ones((batch, total), dtype=np.int64)
-        positions_BT = np.maximum(np.cumsum(mask_BS, axis=1) - 1, 0)[:, total - new :]
-        logits_BTV, *grown = self.run(DECODER, [embeds_BTD, mask_BS, positions_BT, *cache])
+        arrays = [embeds_BTD, mask_BS]
+        if self.form == PORTABLE:  # the fused decoder counts by itself
+            arrays.append(np.maximum(np.cumsum(mask_BS, axis=1) - 1, 0)[:, total - new :])
+        logits_BTV, *grown = self.run(DECODER, [*arrays, *cache])
         return logits_BTV, grown
 
-    def logits(self, embeds_BTD: Array) -> Array:
-        """logits_BTV of whole prompts in one go."""
-        return self.decode(embeds_BTD, self.empty_cache(embeds_BTD.shape[0]))[0]
+    def logits(self, embeds_1TD: Array, rows_R: Array) -> Array:
+        """logits_RV at some places of a whole prompt, of which 2,048 tokens are read at a time."""
+        cache, found = self.empty_cache(), []
+        for start in range(0, embeds_1TD.shape[1], MAX_PROMPT):
+            logits_1TV, cache = self.decode(embeds_1TD[:, start : start + MAX_PROMPT], cache)
+            inside = (rows_R >= start) & (rows_R < start + MAX_PROMPT)
+            found.append(logits_1TV[0, rows_R[inside] - start])
+        return np.concatenate(found)
 
     def merge(self, ids: Sequence[int], pixels_PCHW: Array | None) -> Array:
         """embeds_1TD of a prompt, visual features in the places of its image tokens."""
@@ -142,24 +171,45 @@ class GraphRunner:
             embeds_1TD = self.embed(np.array([tokens[-1:]], dtype=np.int64))
 
 
-def exercise(runner: GraphRunner) -> int:
-    """Run every graph over its free axes: pictures 0 to 2, batch 1 and 2, several lengths, empty and filled cache.
+def exercise(runner: GraphRunner, *, full: bool = False) -> int:
+    """Run every graph over its free axes: pictures, batch, new tokens, and the positions before them.
 
-    Returns the number of runs; raises what `GraphRunner.run` raises.
+    Without `full` one and two of pictures and batch, and short prompts. Returns the number of runs; raises what
+    `GraphRunner.run` raises.
     """
     model = runner.bundle.model
     random = np.random.default_rng(0)
-    runs = 0
-    for pictures in (1, 2):
-        runner.encode(random.uniform(-1, 1, (pictures, *model.picture_shape)).astype(np.float32))
-        runs += 1
-    for batch, lengths in ((1, (1,)), (1, (3, 1)), (2, (model.tokens_per_picture + 5, 4, 1, 1))):
+    pictures = (1, 2, 3, 4) if full else (1, 2)
+    for count in pictures:
+        runner.run(VISION_ENCODER, [random.uniform(-1, 1, (count, *model.picture_shape)).astype(np.float32)])
+    runs = len(pictures)
+    for batch, lengths in _shapes_to_run(model, full):
+        if runner.form == FUSED and batch > 1:  # after a prompt it takes a batch's tokens one at a time
+            lengths = (lengths[0], *(length for length in lengths[1:] if length == 1))
         cache = runner.empty_cache(batch)
         for new in lengths:
             embeds_BTD = runner.embed(random.integers(0, model.vocab_size, (batch, new)))
             _, cache = runner.decode(embeds_BTD, cache)
             runs += 2
     return runs
+
+
+def _shapes_to_run(model: ModelFacts, full: bool) -> list[tuple[int, tuple[int, ...]]]:
+    """Batch, and how many tokens go in one after the other."""
+    shapes: list[tuple[int, tuple[int, ...]]] = [
+        (1, (1,)),
+        (1, (3, 1)),
+        (2, (model.tokens_per_picture + 5, 4, 1, 1)),
+    ]
+    if full:
+        shapes += [(batch, (33, 2, 1)) for batch in (3, 4)]
+        prompt = min(MAX_PROMPT, model.max_positions)
+        shapes.append((1, (prompt,)))
+        # As many full prompts as make the longest past, and a token after it.
+        past = min(MAX_PAST, model.max_positions - 1)
+        whole, rest = divmod(past, prompt)
+        shapes.append((1, (*[prompt] * whole, *[rest] * (rest > 0), 1)))
+    return shapes
 
 
 def _open_session(bundle: Bundle, graph: GraphFile) -> onnxruntime.InferenceSession:

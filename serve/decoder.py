@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from switchkd.export.bundle import DECODER, EMBED_TOKENS, Bundle
+from switchkd.export.bundle import DECODER, EMBED_TOKENS, FUSED, Bundle
 
-from .graph_session import GraphSession
+from .graph_session import GraphSession, MissingOperatorError
 from .kv_cache import KVCache
 
 Floats = npt.NDArray[np.float32]
@@ -22,12 +22,17 @@ class Decoder:
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         self._embed = GraphSession(bundle, EMBED_TOKENS, threads)
-        self._decode = GraphSession(bundle, DECODER, threads)
-        self._cache_shape = bundle.model.cache
+        self._decode = _open_decoder(bundle, threads)
+        self._cache_shape, self._cache_dtype = bundle.model.cache, bundle.cache_dtype
+
+    @property
+    def form(self) -> str:
+        """Which of the bundle's decoders runs."""
+        return self._decode.form
 
     def new_cache(self) -> KVCache:
         """An empty memory, for one conversation."""
-        return KVCache(self._cache_shape)
+        return KVCache(self._cache_shape, self._cache_dtype)
 
     def embed(self, tokens: Sequence[int]) -> Floats:
         """Return embeddings_TD of token ids."""
@@ -49,3 +54,13 @@ class Decoder:
         # A view of onnxruntime's memory: a long prompt's logits are hundreds of megabytes, of which one row is used.
         logits_V: Floats = np.from_dlpack(outputs["logits"])[0, -1].astype(np.float32)
         return logits_V
+
+
+def _open_decoder(bundle: Bundle, threads: int | None) -> GraphSession:
+    """Open the fused decoder where a bundle has both and onnxruntime its operators; a form that was chosen is kept."""
+    if bundle.form is None and FUSED in bundle.forms[1:]:
+        try:
+            return GraphSession(bundle.in_form(FUSED), DECODER, threads)
+        except MissingOperatorError:  # a build made small: what is listed first needs less
+            pass
+    return GraphSession(bundle, DECODER, threads)

@@ -23,11 +23,18 @@ _UNUSABLE = (
 )
 
 
+class MissingOperatorError(BundleError):
+    """A graph with an operator that this build of onnxruntime does not have."""
+
+
 class GraphSession:
     """One graph ready to run; several threads may run it at once."""
 
     def __init__(self, bundle: Bundle, name: str, threads: int | None = None) -> None:
-        """Open the graph `name` of a bundle; raises BundleError where onnxruntime cannot read the file."""
+        """Open the graph `name` of a bundle.
+
+        Raises MissingOperatorError where onnxruntime lacks an operator, BundleError where it cannot read the file.
+        """
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only: warnings are for those who made the graph
         if threads is not None:
@@ -37,8 +44,14 @@ class GraphSession:
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except _UNUSABLE as error:
             reason = " ".join(str(error).split())
+            if isinstance(error, state.NotImplemented) or "not a registered function/op" in reason:
+                raise MissingOperatorError(
+                    f"{path}: this onnxruntime lacks an operator of it ({reason}); install a whole one, or export with "
+                    "`--decoder both`"
+                ) from error
             raise BundleError(f"{path}: onnxruntime cannot use it ({reason}); copy the bundle again") from error
         self._dtypes = {tensor.name: np.dtype(tensor.dtype) for tensor in graph.inputs}
+        self.form = graph.form
         self.outputs = tuple(tensor.name for tensor in graph.outputs)
 
     def takes(self, name: str) -> bool:

@@ -11,9 +11,9 @@ from switchkd.export.bundle import CacheShape
 class KVCache:
     """Keys and values of every position decoded so far; they go from step to step without passing through numpy."""
 
-    def __init__(self, shape: CacheShape) -> None:
+    def __init__(self, shape: CacheShape, dtype: str) -> None:
         self._shape = shape
-        empty = np.zeros((1, shape.kv_heads, 0, shape.head_dim), dtype=shape.dtype)
+        empty = np.zeros((1, shape.kv_heads, 0, shape.head_dim), dtype=dtype)
         self.length = 0
         self.inputs: dict[str, OrtValue] = {name: OrtValue.ortvalue_from_numpy(empty) for name in shape.past_names()}
 

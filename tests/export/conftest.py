@@ -18,7 +18,7 @@ def compare_vision_graph(
     model: LlavaForConditionalGeneration, tokens: int, side: int, path: Path, pictures: tuple[int, ...]
 ) -> None:
     """Export a model's vision graph and run it on so many pictures: what comes out is what PyTorch gives."""
-    facts = ModelFacts("<image>", 3, tokens, (3, side, side), (2,), 40, 24, 64, CacheShape(1, 2, 12, "float32"))
+    facts = ModelFacts("<image>", 3, tokens, (3, side, side), (2,), 40, 24, 64, CacheShape(1, 2, 12))
     VisionEncoder(model.model.vision_tower.config, facts).write(model, path)
     session = onnxruntime.InferenceSession(path)
     for count in pictures:

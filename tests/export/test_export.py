@@ -24,7 +24,8 @@ from switchkd.cli.main import main
 from switchkd.export.assembly import export_checkpoint
 from switchkd.export.bundle import Bundle
 from switchkd.export.graphs import ExportError
-from switchkd.export.parity import compare
+from switchkd.export.onnx_graph import OnnxGraph
+from switchkd.export.parity import compare, record, sample_prompts
 from switchkd.export.pixels import to_pixels
 from switchkd.export.precisions import PRECISIONS, Precision
 from switchkd.export.reference import TorchReference
@@ -216,14 +217,14 @@ def test_wrong_name_is_found(tiny_bundle: Path, tmp_path: Path) -> None:
     model = load(tiny_bundle, "embed_tokens")
     model.graph.node[0].output[0] = model.graph.output[0].name = "embeddings"
     with pytest.raises(NamesError, match=r"embed_tokens\.onnx: its outputs are \['embeddings'\]"):
-        spoiled(tiny_bundle, tmp_path, "embed_tokens", model)
+        exercise(spoiled(tiny_bundle, tmp_path, "embed_tokens", model))
 
 
 def test_frozen_axis_is_found(tiny_bundle: Path, tmp_path: Path) -> None:
     model = load(tiny_bundle, "embed_tokens")
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
     with pytest.raises(AxesError, match=r"input_ids is int64 .*frozen axis"):
-        spoiled(tiny_bundle, tmp_path, "embed_tokens", model)
+        exercise(spoiled(tiny_bundle, tmp_path, "embed_tokens", model))
 
 
 def test_axis_that_is_free_in_name_only_is_found(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -253,23 +254,24 @@ def test_graph_that_does_not_load_is_found(tiny_bundle: Path, tmp_path: Path) ->
     model = load(tiny_bundle, "vision_encoder")
     model.graph.node[0].op_type = "NoSuchOperator"
     with pytest.raises(GraphRunError, match=r"vision_encoder\.onnx: onnxruntime cannot load it"):
-        spoiled(tiny_bundle, tmp_path, "vision_encoder", model)
+        exercise(spoiled(tiny_bundle, tmp_path, "vision_encoder", model))
 
 
-def shifted_logits(graph: str, source: Path, target: Path) -> None:
+def shifted_logits(name: str, graph: OnnxGraph) -> None:
     """A precision that is wrong by a little in the decoder."""
-    model = onnx.load(source)
-    if graph == "decoder_model_merged":
-        product = next(node for node in model.graph.node if node.output[0] == "logits")
+    if name == "decoder_model_merged":
+        main = graph.proto.graph
+        product = next(node for node in main.node if node.output[0] == "logits")
         product.output[0] = "unshifted"
-        model.graph.initializer.append(numpy_helper.from_array(np.array([0.05], dtype=np.float32), "shift"))
-        model.graph.node.append(onnx.helper.make_node("Add", ["unshifted", "shift"], ["logits"]))
-    onnx.save(model, target)
+        main.initializer.append(numpy_helper.from_array(np.array([0.05], dtype=np.float32), "shift"))
+        main.node.append(onnx.helper.make_node("Add", ["unshifted", "shift"], ["logits"]))
 
 
 def test_a_wrong_graph_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(tiny_checkpoint)
-    monkeypatch.setitem(PRECISIONS, "wrong", Precision("wrong", "_wrong", shifted_logits, PRECISIONS["fp32"].bounds))
+    monkeypatch.setitem(
+        PRECISIONS, "wrong", Precision("wrong", "_wrong", shifted_logits, PRECISIONS["fp32"].bounds, "wrong")
+    )
     with pytest.raises(ValuesError, match=r"onnx/decoder_model_merged_wrong\.onnx: differs"):
         export_checkpoint(tiny_checkpoint, tmp_path / "bundle", precisions=["wrong"])
     assert list(tmp_path.iterdir()) == []
@@ -286,8 +288,10 @@ class Contrary(TorchReference):
 def test_other_answers_are_found(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
     model = LlavaForConditionalGeneration.from_pretrained(tiny_checkpoint)
     runner = GraphRunner(Bundle.open(tiny_bundle))
+    prompts = sample_prompts(runner.bundle)
+    expected = record(Contrary(model, runner.bundle.model.eos_token_ids), prompts)
     with pytest.raises(TokensError, match="greedy answers part at token"):
-        compare(runner, Contrary(model, runner.bundle.model.eos_token_ids), PRECISIONS["fp32"].bounds)
+        compare(runner, prompts, expected, PRECISIONS["fp32"].bounds)
 
 
 # --- checkpoints that cannot be exported ---
@@ -326,13 +330,28 @@ def test_config_that_cannot_be_exported(checkpoint: Path, keys: tuple[str, ...],
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"])
 def test_missing_part_of_a_checkpoint(checkpoint: Path, name: str) -> None:
     (checkpoint / name).unlink()
-    cannot_export(checkpoint, "weights cannot be loaded" if name == "model.safetensors" else "missing")
+    cannot_export(checkpoint, f"{name}: missing")
 
 
 def test_cut_weights(checkpoint: Path) -> None:
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    cannot_export(checkpoint, "weights cannot be loaded")
+    cannot_export(checkpoint, r"model\.safetensors: not whole")
+
+
+def test_pickled_weights_are_never_loaded(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    cannot_export(checkpoint, r"pytorch_model\.bin: pickled weights can hold code")
+
+
+def test_missing_shard(checkpoint: Path) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    shard = "model-0000{}-of-00002.safetensors".format
+    save_file(weights, checkpoint / shard(1), metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, shard(1)) | {"lm_head.weight": shard(2)}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    cannot_export(checkpoint, r"model-00002-of-00002\.safetensors: missing")
 
 
 def test_missing_weight(checkpoint: Path) -> None:
@@ -355,7 +374,7 @@ def test_places_that_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "taken" / "file").write_text("x")
     with pytest.raises(ExportError, match="exists already"):
         export_checkpoint(checkpoint, tmp_path / "taken")
-    with pytest.raises(ExportError, match="precision 'fp8' is unknown; choose from fp32, int8"):
+    with pytest.raises(ExportError, match="precision 'fp8' is unknown; choose from fp32, fp16, int8"):
         export_checkpoint(checkpoint, tmp_path / "bundle", precisions=["fp8"])
     with pytest.raises(ExportError, match="no such checkpoint folder"):
         export_checkpoint(tmp_path / "none", tmp_path / "bundle")

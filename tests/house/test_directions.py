@@ -12,8 +12,21 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("cli", "demo", "export", "serve", "training")
 
 # What the rooms share. It runs on boards without torch, so it may import only itself.
-SHARED = ("switchkd.export.bundle", "switchkd.export.pixels", "switchkd.export.prompt")
-TORCH_FREE_FILES = ("export/__init__.py", "export/bundle.py", "export/pixels.py", "export/prompt.py")
+SHARED = (
+    "switchkd.export.bundle",
+    "switchkd.export.json_fields",
+    "switchkd.export.onnx_wire",
+    "switchkd.export.pixels",
+    "switchkd.export.prompt",
+)
+TORCH_FREE_FILES = (
+    "export/__init__.py",
+    "export/bundle.py",
+    "export/json_fields.py",
+    "export/onnx_wire.py",
+    "export/pixels.py",
+    "export/prompt.py",
+)
 TORCH_AND_KIN = ("torch", "transformers", "accelerate", "deepspeed", "onnx", "onnxscript", "optimum", "datasets")
 
 # room -> the modules of other rooms that it may import; a name allows what lies below it only where it ends in ".*"

@@ -22,6 +22,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from switchkd.export.assembly import export_checkpoint
 from switchkd.export.bundle import Bundle
 from switchkd.export.pixels import to_pixels
+from switchkd.export.reference import TorchReference
 from switchkd.export.verification import GraphRunner
 
 HERE = Path(__file__).parent
@@ -158,6 +159,32 @@ def test_node_answers_with_pooled_pictures(ldpv2_checkpoint: Path, picture: Path
     export_checkpoint(ldpv2_checkpoint, tmp_path / "bundle", precisions=["fp32"])
     got = in_node(tmp_path / "bundle", "fp32", picture, tokens_per_picture=9)
     assert got["answer"] == by_onnxruntime(Bundle.open(tmp_path / "bundle"), picture, got["prompt"])
+
+
+@pytest.fixture(scope="module")
+def fused(wide_heads_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose one decoder is the fused one."""
+    bundle = tmp_path_factory.mktemp("fused") / "bundle"
+    export_checkpoint(wide_heads_checkpoint, bundle, precisions=["fp32", "q4"], decoder="fused")
+    return bundle
+
+
+@pytest.mark.parametrize("precision", ["fp32", "q4"])
+def test_node_answers_with_the_fused_decoder(
+    fused: Path, wide_heads_checkpoint: Path, picture: Path, precision: str
+) -> None:
+    got = in_node(fused, precision, picture)
+    assert got["answer"] == by_onnxruntime(Bundle.open(fused, precision), picture, got["prompt"])
+    if precision == "fp32":
+        model = LlavaForConditionalGeneration.from_pretrained(wide_heads_checkpoint)
+        pixels = to_pixels(Image.open(picture), Bundle.open(fused).preprocessing)[None]
+        assert got["answer"] == TorchReference(model, [2]).greedy(got["prompt"], pixels, NEW_TOKENS).tokens
+
+
+@needs_browser
+def test_the_browser_answers_with_the_fused_decoder(fused: Path, picture: Path) -> None:
+    got = in_browser(fused, "fp32", picture)
+    assert got["answer"] == by_onnxruntime(Bundle.open(fused), picture, got["prompt"])
 
 
 @needs_browser

@@ -197,7 +197,7 @@ def damage(path: Path) -> None:
         ("manifest.json", damage, "manifest.json: cannot be read"),
         ("onnx/decoder_model_merged.onnx", Path.unlink, "decoder_model_merged.onnx: missing"),
         ("onnx/embed_tokens.onnx", lambda path: path.write_bytes(path.read_bytes()[:-1]), "the manifest says"),
-        ("onnx/vision_encoder.onnx", damage, "vision_encoder.onnx: onnxruntime cannot use it"),
+        ("onnx/vision_encoder.onnx", damage, "vision_encoder.onnx: not an ONNX graph"),
         ("tokenizer.json", damage, "tokenizer.json: no tokenizer"),
         ("chat_template.jinja", damage, "chat_template.jinja: cannot be read"),
     ],

@@ -1,0 +1,94 @@
+"""Quantises a graph's constant matrices with ONNX Runtime's tools, one matrix at a time.
+
+The tools hold a model several times over. Given a model of one node, they do so with one matrix.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+from .onnx_graph import OnnxGraph
+
+Tool = Callable[[onnx.ModelProto], onnx.ModelProto]
+MICROSOFT = "com.microsoft"
+_WEIGHT_INPUT = {"MatMul": 1, "Gather": 0}
+
+
+def quantize(graph: OnnxGraph, op_type: str, tool: Tool) -> None:
+    """Let `tool` rewrite every MatMul or Gather (`op_type`) of a constant float matrix, each in a model of its own."""
+    constants, nodes = graph.constants(), []
+    made: set[str] = set()
+    for node in graph.proto.graph.node:
+        weight = constants.get(node.input[_WEIGHT_INPUT[op_type]]) if node.op_type == op_type else None
+        if weight is None or len(weight.dims) != 2 or weight.data_type not in (TensorProto.FLOAT, TensorProto.FLOAT16):
+            nodes.append(node)
+            continue
+        part = tool(_alone(graph, node, weight)).graph
+        # Products of the same activation quantise it under the same name: once is enough.
+        nodes += [new for new in part.node if not made & set(new.output)]
+        made.update(name for new in part.node for name in new.output)
+        constants.update((tensor.name, tensor) for tensor in part.initializer)
+    used = {name for node in nodes for name in node.input}
+    main = onnx.GraphProto(name=graph.proto.graph.name, input=graph.proto.graph.input, output=graph.proto.graph.output)
+    main.node.extend(nodes)
+    main.initializer.extend(tensor for name, tensor in constants.items() if name in used)
+    graph.proto.graph.CopyFrom(main)
+    if not any(opset.domain == MICROSOFT for opset in graph.proto.opset_import):
+        graph.proto.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+
+
+def _alone(graph: OnnxGraph, node: onnx.NodeProto, weight: onnx.TensorProto) -> onnx.ModelProto:
+    """A model of this node and its weight."""
+    place = _WEIGHT_INPUT[node.op_type]
+    given = helper.make_tensor_value_info(
+        node.input[1 - place],
+        weight.data_type if node.op_type == "MatMul" else TensorProto.INT64,
+        ["batch", "time", weight.dims[0]][: 3 if node.op_type == "MatMul" else 2],
+    )
+    result = helper.make_tensor_value_info(node.output[0], weight.data_type, ["batch", "time", weight.dims[1]])
+    tensor = onnx.numpy_helper.from_array(graph.array(weight), weight.name)
+    return helper.make_model(
+        helper.make_graph([node], node.name, [given], [result], [tensor]),
+        opset_imports=graph.proto.opset_import,
+        ir_version=graph.proto.ir_version,
+    )
+
+
+def dynamic(weight_type: QuantType) -> Tool:
+    """8 bit: MatMulInteger of uint8 activations, quantised at run time, and weights per output channel."""
+
+    def tool(model: onnx.ModelProto) -> onnx.ModelProto:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "quantized.onnx"
+            quantize_dynamic(model, path, per_channel=True, weight_type=weight_type)
+            return onnx.load(path)
+
+    return tool
+
+
+def blocks_of_4_bits(*, symmetric: bool) -> Tool:
+    """4 bit: MatMulNBits or GatherBlockQuantized, a scale for every 32 weights."""
+
+    def tool(model: onnx.ModelProto) -> onnx.ModelProto:
+        quantizer = MatMulNBitsQuantizer(
+            model, block_size=32, is_symmetric=symmetric, op_types_to_quantize=("MatMul", "Gather")
+        )
+        quantizer.process()
+        result: onnx.ModelProto = quantizer.model.model
+        return result
+
+    return tool
+
+
+def normal_floats(model: onnx.ModelProto) -> onnx.ModelProto:
+    """4 bit: MatMulBnb4, bitsandbytes' NF4 with a scale for every 64 weights."""
+    quantizer = MatMulBnb4Quantizer(model, MatMulBnb4Quantizer.NF4, block_size=64)
+    quantizer.process()
+    result: onnx.ModelProto = quantizer.model.model
+    return result
