@@ -1,5 +1,6 @@
 """Fixtures that tests of several rooms share: a tiny real LLaVA checkpoint, made here, with random weights."""
 
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,11 @@ SENTENCES = [
     "Is there a blue triangle above the green one? Yes, there is.",
     "Describe what you see, please.",
 ]
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C be tested where the tests themselves run in the background, which shells start with it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from .ablation import Arm, Matrix, load_matrix
+from .arguments import leave_other_ranks
 from .recipe import RecipeError, check_keys
 from .stopping import EXIT_STOPPED, Stopped
 from .terminal import quiet_libraries
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(matrix.to_yaml())
         return 0
     quiet_libraries()
+    code = 0
     try:
         if args.dry_run:
             _dry_run(matrix, args.only or names)
@@ -61,8 +63,9 @@ def run(args: argparse.Namespace) -> int:
             _run(matrix, args.only or names, args.max_steps)
     except Stopped as stopped:
         _say(f"switchkd: {stopped}")
-        return EXIT_STOPPED
-    return 0
+        code = EXIT_STOPPED
+    leave_other_ranks()
+    return code
 
 
 def _run(matrix: Matrix, only: list[str], max_steps: int | None) -> None:

@@ -74,6 +74,15 @@ def _without_gpu(given: dict[str, Any]) -> dict[str, Any]:
     return {"accelerator_config": (given.get("accelerator_config") or {}) | {"use_configured_state": True}}
 
 
+def leave_other_ranks() -> None:
+    """Part from a launcher's other processes, at the end of all work.
+
+    A process that merely ends may be aborted by the threads of its connections, and the launcher calls that a failure.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def deepspeed_config(training: dict[str, Any]) -> dict[str, Any] | None:
     """DeepSpeed's configuration that `training:` names, a file or one of recipes/deepspeed. Raises RecipeError.
 

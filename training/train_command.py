@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .arguments import leave_other_ranks
 from .checkpoints import CheckpointError
 from .conversations import DataError
 from .finite import NonFiniteError
@@ -47,23 +48,25 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(recipe.to_yaml())
         return 0
     quiet_libraries()
+    code = 0
     try:
-        return _train(recipe, args.dry_run)
+        _train(recipe, args.dry_run)
     except Stopped as stopped:
         _say(f"switchkd: {stopped}")
-        return EXIT_STOPPED
+        code = EXIT_STOPPED
+    leave_other_ranks()
+    return code
 
 
-def _train(recipe: Recipe, dry_run: bool) -> int:
+def _train(recipe: Recipe, dry_run: bool) -> None:
     if dry_run:
         from .dry_run import shrink
 
         with tempfile.TemporaryDirectory(prefix="switchkd-dry-run-") as folder:
             _run(shrink(recipe, Path(folder)))
         _say("dry run: every stage took two steps, was saved and loaded again")
-        return 0
-    _run(recipe)
-    return 0
+    else:
+        _run(recipe)
 
 
 def _run(recipe: Recipe) -> None:

@@ -139,7 +139,8 @@ for terms, k, labels in ([({"ce": 1.0}, 8, 2)], [({"ce": 4.0, "relation": 6.0}, 
     meter.add(output, batch | {"attention_mask": batch["attention_mask"].long()}, torch.tensor(8))
 values = meter.read(5, 10)
 if rank == 0:
-    print(json.dumps(values))
+    print(json.dumps(values), flush=True)
+torch.distributed.destroy_process_group()
 """
 
 
