@@ -146,7 +146,7 @@ def test_published_sizes_give_the_published_parameters(name: str, billions: floa
 
 
 def test_a_teacher_that_is_not_there_is_sized_by_the_recipe_that_makes_it() -> None:
-    recipe = load_recipe("paper/qwen2.5-0.5b-switch-kd", ["root=/data/llava"])
+    recipe = load_recipe("paper/qwen2.5-0.5b-switch-kd", ["root=/data"])
     for name, width in ((None, 2048), ("Qwen/Qwen2.5-7B-Instruct", 3584)):
         config: Any = teacher_config(recipe, name)
         assert config.text_config.hidden_size == width
