@@ -23,25 +23,19 @@ from transformers.models.siglip import SiglipImageProcessorPil, SiglipVisionConf
 
 from switchkd.export.assembly import export_checkpoint
 from switchkd.export.precisions import PRECISIONS
+from switchkd.training.model_sizes import PUBLISHED
 
 GB = 1e9
-_SO400M = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "image_size": 384,
-    "patch_size": 14,
-}
+_SO400M = PUBLISHED["google/siglip-so400m-patch14-384"]
 _QWEN = {"vocab_size": 151_936, "max_position_embeddings": 32_768, "num_key_value_heads": 2, "rope_theta": 1e6}
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "0.5b": (
         _SO400M,
-        _QWEN | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+        _QWEN | PUBLISHED["Qwen/Qwen2.5-0.5B-Instruct"],
     ),
     "1.5b": (
         _SO400M,
-        _QWEN | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+        _QWEN | PUBLISHED["Qwen/Qwen2.5-1.5B-Instruct"],
     ),
     "tiny": (
         _SO400M

@@ -28,14 +28,13 @@ from transformers.models.siglip import SiglipVisionConfig
 from benchmarks.explicit_pairs import explicit_dbild
 from benchmarks.measuring import Work, cpu_peak_mib, cuda_peak_mib, describe_machine, spread, times_ms
 from switchkd.training.distillation import Distillation
+from switchkd.training.estimate import GPU_TFLOPS
 from switchkd.training.objectives import build_objective
 from switchkd.training.switch import embed, last_hidden, switch_hidden, visual_features, visual_tokens
 
 Sizes = dict[str, Any]
 
 IMAGE_TOKEN = 5
-# Dense bfloat16 of the data sheets, in TFLOP/s; --peak names another.
-PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0}
 SIGLIP: Sizes = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 QWEN_05B: Sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
 QWEN_3B: Sizes = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
@@ -194,7 +193,7 @@ def utilisation(tflop: float, ms: dict[str, float], peak: float | None, device: 
     """Return model FLOPs utilisation: the products that our step needs, over what the device could do meanwhile."""
     if peak is None and device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        peak = next((value for known, value in PEAKS.items() if known in name), None)
+        peak = next((value for known, value in GPU_TFLOPS.items() if known in name), None)
     return None if peak is None else tflop / (ms["median"] / 1000) / peak
 
 

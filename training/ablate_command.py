@@ -10,11 +10,10 @@ import tempfile
 from pathlib import Path
 
 from .ablation import Arm, Matrix, load_matrix
-from .arguments import leave_other_ranks
 from .recipe import RecipeError, check_keys
-from .stopping import EXIT_STOPPED, Stopped
-from .terminal import quiet_libraries
+from .terminal import say, speaks
 from .train_command import ERRORS as TRAIN_ERRORS
+from .train_command import until_stopped
 
 ERRORS: tuple[type[Exception], ...] = TRAIN_ERRORS
 
@@ -54,18 +53,10 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         sys.stdout.write(matrix.to_yaml())
         return 0
-    quiet_libraries()
-    code = 0
-    try:
-        if args.dry_run:
-            _dry_run(matrix, args.only or names)
-        else:
-            _run(matrix, args.only or names, args.max_steps)
-    except Stopped as stopped:
-        _say(f"switchkd: {stopped}")
-        code = EXIT_STOPPED
-    leave_other_ranks()
-    return code
+    only = args.only or names
+    if args.dry_run:
+        return until_stopped(lambda: _dry_run(matrix, only))
+    return until_stopped(lambda: _run(matrix, only, args.max_steps))
 
 
 def _run(matrix: Matrix, only: list[str], max_steps: int | None) -> None:
@@ -83,13 +74,13 @@ def _run(matrix: Matrix, only: list[str], max_steps: int | None) -> None:
             continue
         recipe = arm.run(seed)
         if recipe is not None:
-            _say(f"== {_title(matrix, arm, seed)}: {' → '.join(stage.name for stage in recipe.stages)}")
-            run_recipe(recipe, announce=_say)
+            say(f"== {_title(matrix, arm, seed)}: {' → '.join(stage.name for stage in recipe.stages)}")
+            run_recipe(recipe, announce=say)
         if matrix.world is not None:
             score_arm(matrix, arm, seed)
-        if _first():
+        if speaks():
             text = write_report(matrix, collect(matrix) | ({} if max_steps is None else {"max_steps": max_steps}))
-    if _first():
+    if speaks():
         out = Path(matrix.output)
         sys.stdout.write(f"\n{matrix.title}\n\n{text}\nThe report: {out / 'report.md'}, {out / 'report.json'}\n")
 
@@ -101,9 +92,9 @@ def _dry_run(matrix: Matrix, only: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="switchkd-dry-run-") as folder:
         for number, arm in enumerate(matrix.arms):
             if arm.recipe is not None and arm.name in only:
-                _say(f"== {arm.name}")
-                run_recipe(shrink(arm.recipe, Path(folder) / str(number)), announce=_say)
-    _say("dry run: every stage of every arm took two steps, was saved and loaded again")
+                say(f"== {arm.name}")
+                run_recipe(shrink(arm.recipe, Path(folder) / str(number)), announce=say)
+    say("dry run: every stage of every arm took two steps, was saved and loaded again")
 
 
 def _place_world(matrix: Matrix) -> None:
@@ -126,13 +117,3 @@ def _check_alone() -> None:
 
 def _title(matrix: Matrix, arm: Arm, seed: int) -> str:
     return arm.name if len(matrix.seeds_of(arm)) == 1 else f"{arm.name}, seed {seed}"
-
-
-def _first() -> bool:
-    """Whether this is the process that speaks for all that a launcher has started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _say(text: str) -> None:
-    if _first():
-        sys.stderr.write(f"{text}\n")

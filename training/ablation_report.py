@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from .ablation import Arm, Matrix
+from .hashes import sha256
 from .stages import finished_stages
 from .world.dataset import MARKER
 from .world.world_command import score_checkpoint
@@ -22,8 +22,7 @@ NOTHING = "–"
 def score_arm(matrix: Matrix, arm: Arm, seed: int) -> None:
     """Let the arm's finished model answer the world's test questions, unless the very same has answered them."""
     folder, world, path = arm.folder(seed), Path(matrix.root) / "world", Path(matrix.output) / SCORES
-    with (folder / "model.safetensors").open("rb") as file:
-        stamp = [hashlib.file_digest(file, "sha256").hexdigest(), json.loads((world / MARKER).read_text())]
+    stamp = [sha256(folder / "model.safetensors"), json.loads((world / MARKER).read_text())]
     scores = _kept_scores(matrix)
     if scores.get(str(folder), {}).get("stamp") != stamp:
         scores[str(folder)] = {"stamp": stamp} | score_checkpoint(folder, world)

@@ -7,7 +7,6 @@ valid one does not exist.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .hashes import sha256
 
 MANIFEST = "manifest.json"
 MAKE_ROOM = "make room, and the same command goes on from the last checkpoint"
@@ -59,7 +60,7 @@ def commit(folder: Path) -> None:
     """Make a checkpoint exist: put all of its files on the disk, then its manifest. Raises CheckpointError."""
     with writing(folder):
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        facts = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
+        facts = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
         sync_tree(folder)
         sync(folder.parent)
         write_atomically(folder / MANIFEST, json.dumps({"files": facts}, indent=1) + "\n")
@@ -87,7 +88,7 @@ def fault(folder: Path) -> str | None:
             size = (folder / name).stat().st_size
             if size != facts["bytes"]:
                 return f"{name} has {size} bytes, and had {facts['bytes']} when it was saved"
-            if _sha256(folder / name) != facts["sha256"]:
+            if sha256(folder / name) != facts["sha256"]:
                 return f"{name} has changed since it was saved (its SHA-256 is another)"
     except FileNotFoundError:
         return f"{name} is missing" + (", so it was cut off while it was saved" if name == MANIFEST else "")
@@ -129,8 +130,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,6 @@ No publisher states a hash. The first download's is written down, and every late
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import shutil
@@ -22,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from tqdm.auto import tqdm
 
 from .conversations import DataError
+from .hashes import sha256
 
 RECEIPTS = "downloads.json"  # what arrived, with its hash
 TRIES = 5  # one after the other without a byte
@@ -170,7 +170,7 @@ def fetch(
     expected = download.sha256 or row.get("sha256")
     if not path.is_file() and not row.get("unpacked"):
         arrived = _from_web(download.url, path) if download.url else _from_hub(download, path, endpoint)
-        found = _sha256(arrived)
+        found = sha256(arrived)
         if expected is not None and found != expected:
             arrived.unlink()
             raise DataError(_mismatch(download, found, expected) + "what arrived is deleted")
@@ -179,7 +179,7 @@ def fetch(
         receipts.write(download.path, sha256=found, bytes=path.stat().st_size)
         done = "fetched"
     elif path.is_file() and (verify or expected is None):
-        found = _sha256(path)
+        found = sha256(path)
         if expected is not None and found != expected:
             raise DataError(_mismatch(download, found, expected) + f"delete {path} and run the same command again")
         receipts.write(download.path, sha256=found, bytes=path.stat().st_size)
@@ -285,11 +285,6 @@ def _check_room(part: Path, needed: int | None) -> None:
     free = shutil.disk_usage(part.parent).free
     if needed is not None and needed > free:
         raise DataError(f"{part.parent}: {needed:,} bytes are to come and {free:,} are free; make room, or choose --to")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unpack(archive: Path, folder: Path) -> None:

@@ -272,13 +272,18 @@ class Distillation(nn.Module):
     def _at_positions(
         self, labels_N: Tensor, student_ND: Tensor, teacher_ND: Tensor | None, switch_MD: Tensor | None
     ) -> Terms:
+        return self.objective(self._logits(labels_N, student_ND, teacher_ND, switch_MD))
+
+    def _logits(
+        self, labels_N: Tensor, student_ND: Tensor, teacher_ND: Tensor | None, switch_MD: Tensor | None
+    ) -> Positions:
         teacher_NV = switch_MV = None
         if self.teacher is not None and teacher_ND is not None:
             with torch.no_grad():
                 teacher_NV = self.teacher.lm_head(teacher_ND)
             if switch_MD is not None:
                 switch_MV = self.teacher.lm_head(switch_MD)
-        return self.objective(Positions(labels_N, self.student.lm_head(student_ND), teacher_NV, switch_MV))
+        return Positions(labels_N, self.student.lm_head(student_ND), teacher_NV, switch_MV)
 
     def _at_visual_positions(self, student_ND: Tensor, teacher_ND: Tensor, weight_N: Tensor) -> Terms:
         assert self.teacher is not None

@@ -19,8 +19,8 @@ from .distillation import LOGITS_AT_ONCE
 from .fake_step import ACTIVATIONS, BACKWARD, GRADIENTS, LOGITS, Batch, step_bytes, step_flops
 from .holding import OPTIMIZER_BYTES, Holding, Sizes, checkpointing, fixed_bytes, holding, sizes, update_bytes
 from .model_sizes import local_tokenizer, student_config, teacher_config
-from .objectives import build_objective
 from .recipe import ACCUMULATION, Recipe, RecipeError, StageRecipe, TeacherRecipe
+from .stage_models import stage_objective
 from .text_lengths import TextLengths, text_lengths
 
 GB = 1e9
@@ -102,7 +102,7 @@ class Estimator:
         self._recipe, self._cluster = recipe, cluster
         self._text_tokens, self._samples = text_tokens, samples
         self._student = student_config(recipe)
-        taught = any(build_objective(**stage.objective).needs_teacher for stage in recipe.stages)
+        taught = any(stage_objective(stage).needs_teacher for stage in recipe.stages)
         self._teacher = teacher_config(recipe, teacher_language_model) if taught else None
         tokenizer = local_tokenizer(recipe.model)
         self._lengths = {stage.name: self._lengths_of(stage, tokenizer) for stage in recipe.stages}
@@ -126,7 +126,7 @@ class Estimator:
         memory, visual = self.memory(stage, self._recipe.teacher), tokens_per_picture(self._student)
         batch = how.micro_batch * how.accumulation * how.gpus
         average = Batch(1, max(1, round(lengths.text)), max(1, min(round(lengths.supervised), round(lengths.text))))
-        flops = step_flops(self._student, self._teacher_of(stage), self._objective(stage), how.arrangement, average)
+        flops = step_flops(self._student, self._teacher_of(stage), stage_objective(stage), how.arrangement, average)
         steps, seen = _steps(stage, batch, lengths.samples)
         hours = None
         if seen is not None:
@@ -165,7 +165,7 @@ class Estimator:
         return fixed | in_order | {"allowance": CONTEXT + (NCCL if how.gpus > 1 else 0) + loose}
 
     def _step(self, stage: StageRecipe, how: Holding) -> dict[str, int]:
-        objective, teacher, text = self._objective(stage), self._teacher_of(stage), self._longest_text(stage)
+        objective, teacher, text = stage_objective(stage), self._teacher_of(stage), self._longest_text(stage)
         words: Any = self._student.text_config
         chunk = max(1, LOGITS_AT_ONCE // int(words.vocab_size))
         batch = Batch(how.micro_batch, text, min(text, math.ceil(CHUNKS * chunk / how.micro_batch)))
@@ -218,11 +218,8 @@ class Estimator:
         limit = stage.data.max_length
         return max(1, longest if limit is None else min(longest, limit - visual))
 
-    def _objective(self, stage: StageRecipe) -> Any:
-        return build_objective(**stage.objective)
-
     def _teacher_of(self, stage: StageRecipe) -> Any:
-        return self._teacher if self._objective(stage).needs_teacher else None
+        return self._teacher if stage_objective(stage).needs_teacher else None
 
 
 _Change = tuple[str, StageRecipe, TeacherRecipe | None]
@@ -245,7 +242,7 @@ def _smaller_batch(stage: StageRecipe, teacher: TeacherRecipe | None) -> Iterato
 
 
 def _quantized(stage: StageRecipe, teacher: TeacherRecipe | None) -> Iterator[_Change]:
-    objective = build_objective(**stage.objective)
+    objective = stage_objective(stage)
     if teacher is None or not objective.needs_teacher or stage.training.get("deepspeed") == "zero3":
         return
     for name in ("8bit", "4bit") if teacher.quantization is None else ():

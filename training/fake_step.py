@@ -295,20 +295,11 @@ class _FakeDistillation(Distillation):
         self._holds = _trial(self.objective, given, self.chunk_positions)
 
     def _at_positions(
-        self,
-        labels_N: Tensor,  # noqa: ARG002
-        student_ND: Tensor,
-        teacher_ND: Tensor | None,
-        switch_MD: Tensor | None,
+        self, labels_N: Tensor, student_ND: Tensor, teacher_ND: Tensor | None, switch_MD: Tensor | None
     ) -> Terms:
         with self._tracker.counting_as(LOGITS):
-            student_NV, teacher_NV, switch_MV = self.student.lm_head(student_ND), None, None
-            if self.teacher is not None and teacher_ND is not None:
-                with torch.no_grad():
-                    teacher_NV = self.teacher.lm_head(teacher_ND)
-                if switch_MD is not None:
-                    switch_MV = self.teacher.lm_head(switch_MD)
-            return {"loss": _StandIn.apply(self._holds, student_NV, teacher_NV, switch_MV)}
+            said = self._logits(labels_N, student_ND, teacher_ND, switch_MD)
+            return {"loss": _StandIn.apply(self._holds, said.student_NV, said.teacher_NV, said.switch_MV)}
 
     def _at_visual_positions(self, student_ND: Tensor, teacher_ND: Tensor, weight_N: Tensor) -> Terms:
         with self._tracker.counting_as(LOGITS):

@@ -6,7 +6,6 @@ system's page cache, and a file of a gigabyte is never held (benchmarks/data_loa
 
 from __future__ import annotations
 
-import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .conversations import BrokenRecord, DataError, Reason
+from .hashes import sha256
 
 WINDOW = 8 * 2**20  # bytes of a JSON list that are looked at together
 LONGEST_RECORD = 64 * 2**20  # bytes; what ends nowhere within them is not JSON
@@ -92,8 +92,7 @@ def digest(files: Sequence[Path]) -> str:
     hashes = []
     for path in files:
         _check_file(path)
-        with path.open("rb") as source:
-            hashes.append(hashlib.file_digest(source, "sha256").hexdigest())
+        hashes.append(sha256(path))
     return " ".join(hashes)
 
 

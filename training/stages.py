@@ -23,11 +23,11 @@ from .conversations import collator
 from .model_card import RECIPE_FILE, STAGE_FILE, publishable, stage_facts, write_card
 from .progress import LOG_NAME, read_log
 from .recipe import DATA_CHECK, LOGS, Recipe, StageRecipe
-from .stage_data import LostSamples, StageDataset, stage_dataset
+from .stage_data import LostSamples, stage_dataset
 from .stage_models import stage_distillation, stage_objective, stage_student
 from .stopping import Stopped, StopRequest
 from .trainer import ADAPTERS_NAME, DistillationTrainer
-from .vlm import Vlm, train_only
+from .vlm import train_only
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def run_stage(
     student = stage_student(recipe, stage, before)
     train_only(student.model, stage.train)
     module = stage_distillation(recipe, stage, student)
-    dataset = _dataset(stage, student, folder.parent / DATA_CHECK, announce)
+    dataset = stage_dataset(stage, *student.inputs(stage.data.max_length), folder.parent / DATA_CHECK, announce)
     trainer = DistillationTrainer(
         module,
         student,
@@ -149,10 +149,6 @@ def _open(trainer: DistillationTrainer, work: Path, fingerprint: str, announce: 
 def _work(folder: Path) -> Path:
     """Where a stage's checkpoints are until it is finished."""
     return folder.with_name(f".{folder.name}.checkpoints")
-
-
-def _dataset(stage: StageRecipe, student: Vlm, memory: Path, announce: Callable[[str], None]) -> StageDataset:
-    return stage_dataset(stage, *student.inputs(stage.data.max_length), memory, announce)
 
 
 def _save(trainer: DistillationTrainer, recipe: Recipe, folder: Path, stage: dict[str, Any]) -> None:

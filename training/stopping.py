@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
+from .terminal import speaks
+
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped, everything saved, run the same command to go on
 # A launcher passes on what the terminal or the scheduler has sent to its workers already: both are one request.
 ONE_REQUEST_SECONDS = 5.0
@@ -73,7 +75,7 @@ class StopRequest:
         self.requested, self._since = True, time.monotonic()
         if not self._held:
             self.check()
-        if os.environ.get("RANK", "0") == "0":
+        if speaks():
             name = signal.Signals(number).name
             # Not sys.stderr: it may be in the middle of a write of its own.
             os.write(2, f"\n{name}: finishing this step and saving it; once more to end at once\n".encode())

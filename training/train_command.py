@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from .arguments import leave_other_ranks
@@ -14,7 +14,7 @@ from .conversations import DataError
 from .finite import NonFiniteError
 from .recipe import Recipe, RecipeError, load_recipe
 from .stopping import EXIT_STOPPED, Stopped
-from .terminal import quiet_libraries
+from .terminal import quiet_libraries, say
 from .vlm import ModelError
 
 ERRORS: tuple[type[Exception], ...] = (RecipeError, ModelError, DataError, NonFiniteError, CheckpointError)
@@ -47,12 +47,17 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         sys.stdout.write(recipe.to_yaml())
         return 0
+    return until_stopped(lambda: _train(recipe, args.dry_run))
+
+
+def until_stopped(work: Callable[[], None]) -> int:
+    """Do a command's work; 0 when it is done, EXIT_STOPPED when the same command is to go on."""
     quiet_libraries()
     code = 0
     try:
-        _train(recipe, args.dry_run)
+        work()
     except Stopped as stopped:
-        _say(f"switchkd: {stopped}")
+        say(f"switchkd: {stopped}")
         code = EXIT_STOPPED
     leave_other_ranks()
     return code
@@ -64,7 +69,7 @@ def _train(recipe: Recipe, dry_run: bool) -> None:
 
         with tempfile.TemporaryDirectory(prefix="switchkd-dry-run-") as folder:
             _run(shrink(recipe, Path(folder)))
-        _say("dry run: every stage took two steps, was saved and loaded again")
+        say("dry run: every stage took two steps, was saved and loaded again")
     else:
         _run(recipe)
 
@@ -72,11 +77,6 @@ def _train(recipe: Recipe, dry_run: bool) -> None:
 def _run(recipe: Recipe) -> None:
     from .stages import run_recipe
 
-    for result in run_recipe(recipe, announce=_say):
+    for result in run_recipe(recipe, announce=say):
         spent = "already finished" if result.reused else f"{result.seconds:.0f} s"
-        _say(f"{result.name}: {result.folder} ({spent})")
-
-
-def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of a launcher's processes one speaks
-        sys.stderr.write(f"{text}\n")
+        say(f"{result.name}: {result.folder} ({spent})")
