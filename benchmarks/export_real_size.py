@@ -1,4 +1,4 @@
-"""What an export of a real shape takes: seconds, bytes, and the peak of memory, with random weights.
+"""What an export of a real shape takes, and its verification: seconds, bytes, peaks of memory, with random weights.
 
 Run from the repository's root: python -m benchmarks.export_real_size --shape 0.5b --folder FOLDER
 """
@@ -7,82 +7,111 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-from transformers.models.qwen2 import Qwen2Config
+from transformers import AutoTokenizer, CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, Qwen2Config
+from transformers.models.clip import CLIPImageProcessorPil
 from transformers.models.siglip import SiglipImageProcessorPil, SiglipVisionConfig
 
-from switchkd.export.assembly import export_checkpoint
+from switchkd.cli.main import main as switchkd
+from switchkd.export.assembly import DECODERS, export_checkpoint
 from switchkd.export.precisions import PRECISIONS
+from switchkd.export.projectors import GRID, MLP, llava_class, tokens_per_picture
 from switchkd.training.model_sizes import PUBLISHED
+from switchkd.training.vlm import make_processor, visual_settings
 
 GB = 1e9
-_SO400M = PUBLISHED["google/siglip-so400m-patch14-384"]
-_QWEN = {"vocab_size": 151_936, "max_position_embeddings": 32_768, "num_key_value_heads": 2, "rope_theta": 1e6}
-SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "0.5b": (
-        _SO400M,
-        _QWEN | PUBLISHED["Qwen/Qwen2.5-0.5B-Instruct"],
-    ),
-    "1.5b": (
-        _SO400M,
-        _QWEN | PUBLISHED["Qwen/Qwen2.5-1.5B-Instruct"],
-    ),
-    "tiny": (
-        _SO400M
-        | {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-        | {"image_size": 56},
-        _QWEN | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
-    ),
+SIGLIP, CLIP = "google/siglip-so400m-patch14-384", "openai/clip-vit-large-patch14-336"
+_QWEN = {"vocab_size": 151_936, "max_position_embeddings": 32_768, "rope_theta": 1e6}
+# HuggingFaceTB/SmolLM2-360M-Instruct, from its config.json on the hub.
+_SMOLLM2 = {"vocab_size": 49_152, "max_position_embeddings": 8192, "rope_theta": 1e5, "hidden_size": 960} | {
+    "intermediate_size": 2560,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 15,
+    "num_key_value_heads": 5,
+}
+_TINY_VISION = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4} | {
+    "image_size": 56
+}
+_TINY_TEXT = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2} | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
 }
 
 
-def make_checkpoint(shape: str, path: Path) -> None:
+@dataclass(frozen=True)
+class Shape:
+    """A vision encoder of PUBLISHED, a language model's class and sizes, and the projector between them."""
+
+    vision: str
+    language_model: type[Any]
+    sizes: dict[str, Any]
+    projector: str = MLP
+
+    def config(self, *, tiny: bool) -> LlavaConfig:
+        """The model's config; `tiny` keeps its kind, and makes it small."""
+        sight = PUBLISHED[self.vision] | (_TINY_VISION if tiny else {})
+        vision = (
+            CLIPVisionConfig(**sight) if self.vision == CLIP else SiglipVisionConfig(**sight, vision_use_head=False)
+        )
+        sizes = self.sizes | (_TINY_TEXT if tiny else {})
+        text = self.language_model(tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, **sizes)
+        settings = visual_settings(vision, -2, False, self.projector, 2 if tiny else GRID)
+        config = LlavaConfig(**settings, text_config=text, tie_word_embeddings=True)
+        config.image_seq_length = tokens_per_picture(config)
+        return config
+
+
+_QWEN_HALF = _QWEN | PUBLISHED["Qwen/Qwen2.5-0.5B-Instruct"]
+SHAPES = {
+    "0.5b": Shape(SIGLIP, Qwen2Config, _QWEN_HALF),
+    "1.5b": Shape(SIGLIP, Qwen2Config, _QWEN | PUBLISHED["Qwen/Qwen2.5-1.5B-Instruct"]),
+    "clip": Shape(CLIP, Qwen2Config, _QWEN_HALF),
+    "ldpv2": Shape(SIGLIP, Qwen2Config, _QWEN_HALF, "ldpv2"),
+    "llama": Shape(SIGLIP, LlamaConfig, _SMOLLM2),
+}
+
+
+def make_checkpoint(shape: str, tiny: bool, path: Path) -> None:
     """Write a LLaVA checkpoint of this shape in bfloat16 with random weights, and the built-in world's tokenizer."""
-    vision, text = SHAPES[shape]
-    world = Path(str(files("switchkd.training.world"))) / "pretrained" / "teacher"
-    tokenizer = AutoTokenizer.from_pretrained(world)
-    side = vision["image_size"] // vision["patch_size"]
-    config = LlavaConfig(
-        vision_config=SiglipVisionConfig(vision_use_head=False, **vision),
-        text_config=Qwen2Config(tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, **text),
-        image_token_index=tokenizer.get_vocab()["<image>"],
-        image_seq_length=side**2,
-        vision_feature_select_strategy="full",
-        tie_word_embeddings=True,
-    )
+    config = SHAPES[shape].config(tiny=tiny)
+    tokenizer = AutoTokenizer.from_pretrained(str(files("switchkd.training.world") / "pretrained" / "teacher"))
+    config.image_token_id = tokenizer.get_vocab()["<image>"]
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model = LlavaForConditionalGeneration(config)
+    model = llava_class(config)(config)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
     model.save_pretrained(path)
-    size = {"height": vision["image_size"], "width": vision["image_size"]}
-    LlavaProcessor(
-        image_processor=SiglipImageProcessorPil(size=size, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3),
-        tokenizer=tokenizer,
-        patch_size=vision["patch_size"],
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=0,
-        chat_template=(world / "chat_template.jinja").read_text(encoding="utf-8"),
-    ).save_pretrained(path)
+    vision: Any = config.vision_config
+    side = vision.image_size
+    pictures: Any
+    if SHAPES[shape].vision == CLIP:
+        pictures = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    else:
+        pictures = SiglipImageProcessorPil(
+            size={"height": side, "width": side}, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        )
+    pictures.save_pretrained(path)
+    make_processor(path, tokenizer, config).save_pretrained(path)
 
 
+@dataclass
 class Peaks:
     """The largest memory of this process by step: what it alone holds, and with the files it has mapped."""
 
-    def __init__(self) -> None:
-        self.step = "start"
-        self.private: dict[str, int] = {}
-        self.resident: dict[str, int] = {}
+    step: str = "start"
+    private: dict[str, int] = field(default_factory=dict)
+    resident: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def sampled(self) -> Iterator[None]:
@@ -92,8 +121,8 @@ class Peaks:
         def look() -> None:
             while not stop.wait(0.05):
                 fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-                for table, field in ((self.private, "RssAnon"), (self.resident, "VmRSS")):
-                    table[self.step] = max(table.get(self.step, 0), 1024 * int(fields[field].split()[0]))
+                for table, name in ((self.private, "RssAnon"), (self.resident, "VmRSS")):
+                    table[self.step] = max(table.get(self.step, 0), 1024 * int(fields[name].split()[0]))
 
         thread = threading.Thread(target=look)
         thread.start()
@@ -104,62 +133,100 @@ class Peaks:
             thread.join()
 
 
-def measure(checkpoint: Path, out: Path, precisions: list[str], threads: int) -> dict[str, Any]:
+def measure_export(checkpoint: Path, out: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Export in this process; returns what it took."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(args.threads)
     peaks = Peaks()
     start = time.perf_counter()
 
-    def progress(step: str, _done: int, _total: int) -> None:
-        peaks.step = step
-        print(f"{time.perf_counter() - start:7.0f} s  {step}", flush=True)
+    def progress(what: str, _done: int, _total: int) -> None:
+        step = what.partition(":")[0]  # behind it: how far the step is
+        if step != peaks.step:
+            peaks.step = step
+            print(f"{time.perf_counter() - start:7.0f} s  {step}", flush=True)
 
     with peaks.sampled():
-        report = export_checkpoint(checkpoint, out, precisions=precisions, progress=progress)
+        report = export_checkpoint(
+            checkpoint,
+            out,
+            precisions=args.dtype.split(","),
+            decoder=args.decoder,
+            pairs=args.pairs,
+            progress=progress,
+        )
     return {
         "seconds": report.seconds,
         "bytes": report.bytes,
         "private": peaks.private,
         "resident": peaks.resident,
-        "logits": {name: record["logits"]["relative_rms"] for name, record in report.verification.items()},
+        "verification": report.verification,
     }
 
 
-def show(found: dict[str, Any], checkpoint_bytes: int) -> None:
+def measure_verify(bundle: Path, pairs: int) -> dict[str, Any]:
+    """Run `switchkd verify` in this process; returns its exit status and what it took."""
+    peaks = Peaks("verify")
+    start = time.perf_counter()
+    with peaks.sampled():
+        status = switchkd(["verify", str(bundle), "--pairs", str(pairs)])
+    seconds = time.perf_counter() - start
+    return {"status": status, "seconds": seconds, "private": peaks.private, "resident": peaks.resident}
+
+
+def show(found: dict[str, Any], verified: dict[str, Any], checkpoint_bytes: int) -> None:
     """Print two Markdown tables."""
     print(f"\ncheckpoint {checkpoint_bytes / GB:.2f} GB, bfloat16\n")
     print("| step | seconds | private memory, GB | with mapped files, GB |\n|---|---|---|---|")
-    for step, seconds in found["seconds"].items():
-        private, resident = found["private"].get(step, 0), found["resident"].get(step, 0)
-        print(f"| {step} | {seconds:.0f} | {private / GB:.2f} | {resident / GB:.2f} |")
-    for name in ("private", "resident"):
-        peak = max(found[name].values())
+    times = found["seconds"] | {"verify": verified["seconds"]}
+    private, resident = (found[table] | verified[table] for table in ("private", "resident"))
+    for step, seconds in times.items():
+        name = "`switchkd verify`, a process of its own" if step == "verify" else step
+        print(f"| {name} | {seconds:.0f} | {private.get(step, 0) / GB:.2f} | {resident.get(step, 0) / GB:.2f} |")
+    for name, table in (("private", private), ("resident", resident)):
+        peak = max(table.values())
         print(f"\npeak, {name}: {peak / GB:.2f} GB, {peak / checkpoint_bytes:.2f} of the checkpoint")
-    print("\n| precision | MB | logits off by |\n|---|---|---|")
-    for precision, sizes in found["bytes"].items():
-        print(f"| {precision} | {sum(sizes.values()) / 1e6:.0f} | {found['logits'][precision]:.1e} |")
+    print("\n| precision | MB | image features off by | logits off by | greedy answers equal |\n|---|---|---|---|---|")
+    for variant, sizes in found["bytes"].items():
+        record = found["verification"][variant]
+        scores = [f"{record[part]['relative_rms']:.1e}" for part in ("image_features", "logits")]
+        greedy = f"{record['greedy']['equal']} of {record['greedy']['prompts']}"
+        print(f"| {variant} | {sum(sizes.values()) / 1e6:.0f} | {' | '.join(scores)} | {greedy} |")
+    print(f"\nexit status of `switchkd verify`: {verified['status']}")
 
 
-def main() -> None:
-    """Make a checkpoint, export it in a fresh process, and print what that took."""
+def main() -> int:
+    """Make a checkpoint, export and verify it in fresh processes, and print what that took."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
+    parser.add_argument("--tiny", action="store_true", help="the same kind of model, small: tries this script itself")
     parser.add_argument("--folder", type=Path, help="where checkpoint and bundle are written for the while")
     parser.add_argument("--dtype", default=",".join(PRECISIONS), help="precisions (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--decoder", choices=list(DECODERS), default="portable", help="(default: %(default)s)")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=6,
+        help="of pictures and questions to compare answers on (default: %(default)s; the command's own 200 take hours "
+        "on two cores)",
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write what was found here too")
     args = parser.parse_args()
-    context = multiprocessing.get_context("spawn")  # fresh: what making the weights took does not count
+    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         checkpoint, out = Path(folder) / "checkpoint", Path(folder) / "bundle"
+        # A process for each: what making the weights took does not count, nor the export's memory for verification.
         with context.Pool(1, maxtasksperchild=1) as pool:
-            pool.apply(make_checkpoint, (args.shape, checkpoint))
+            pool.apply(make_checkpoint, (args.shape, args.tiny, checkpoint))
             size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-            found = pool.apply(measure, (checkpoint, out, args.dtype.split(","), args.threads))
-    show(found, size)
+            found = pool.apply(measure_export, (checkpoint, out, args))
+            verified = pool.apply(measure_verify, (out, args.pairs))
+    show(found, verified, size)
     if args.json:
-        args.json.write_text(json.dumps({"checkpoint_bytes": size, **found}, indent=2) + "\n", encoding="utf-8")
+        record = {"shape": args.shape, "checkpoint_bytes": size, "export": found, "verify": verified}
+        args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return int(verified["status"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

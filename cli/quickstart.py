@@ -154,6 +154,7 @@ def _train(plan: Plan, arm: str, seed: int, clock: Clock) -> None:
 def _export(plan: Plan, clock: Clock) -> None:
     from switchkd.export.assembly import export_checkpoint
     from switchkd.export.bundle import FORMAT_VERSION, sha256
+    from switchkd.export.mixing import MixOptions
 
     bundle, marker = plan.out / "bundle", plan.out / "bundle.source.json"
     weights = sha256(plan.out / "student_switch_kd" / "model.safetensors")
@@ -163,8 +164,16 @@ def _export(plan: Plan, clock: Clock) -> None:
     shutil.rmtree(bundle, ignore_errors=True)
 
     def work() -> None:
-        export_checkpoint(plan.out / "student_switch_kd", bundle, precisions=("fp32", "int8"))
-        _copy_examples(plan.out / "world", bundle / "examples")
+        world, examples = plan.out / "world", plan.out / "examples"
+        _copy_examples(world, examples)
+        calibration = MixOptions(calibration=world / "validation.json", picture_root=world / "pictures")
+        export_checkpoint(
+            plan.out / "student_switch_kd",
+            bundle,
+            precisions=("fp32", "int8"),
+            mix=calibration,
+            examples=examples,
+        )
 
     clock.measure("export", work)
     marker.write_text(json.dumps(source))
@@ -172,6 +181,7 @@ def _export(plan: Plan, clock: Clock) -> None:
 
 def _copy_examples(world: Path, folder: Path, count: int = 6) -> None:
     """A few test pictures, each with a question of another kind, for the demo."""
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     records = json.loads((world / "test.json").read_text())
     examples: list[dict[str, str]] = []

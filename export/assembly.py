@@ -3,9 +3,7 @@
 import json
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 from .bundle import (
     CHAT_TEMPLATE,
     DECODER,
+    EXACT,
     FUSED,
     GRAPHS,
     MANIFEST,
@@ -26,23 +25,30 @@ from .bundle import (
     ModelFacts,
     sha256,
 )
+from .calibration import Calibration
 from .card import write_card
 from .checkpoint import Checkpoint, open_checkpoint
 from .fused_decoder import FusedDecoder
 from .graphs import EmbedTokens, ExportError, GraphDescription, PortableDecoder, VisionEncoder, quiet
+from .licence import licence_files, stated_licence
+from .mixing import Mixing, MixOptions
 from .onnx_graph import OnnxGraph, Storage
-from .parity import SamplePrompt, compare, record, sample_prompts
-from .precisions import PRECISIONS, Precision, choose_precisions
+from .ort_files import check_ort_files, write_ort_files
+from .parity import PAIRS, Expected, Pairs, SamplePrompt, check_pairs, compare, record, sample_prompts
+from .precisions import MIXED, Precision, choose_precisions, dtype_of, precision_of
+from .progress import Progress as Progress
+from .progress import Steps
 from .reference import TorchReference
+from .speed import measure_variants
+from .variants import Variants
 from .verification import GraphRunner, exercise
+from .weight_only import round_activations
 
 DEFAULT_PRECISIONS = ("fp32", "int8")
 # What `--decoder` names. With both, the portable one has the name by which transformers.js finds it.
 DECODERS = {PORTABLE: (PORTABLE,), FUSED: (FUSED,), "both": (PORTABLE, FUSED)}
 # transformers.js takes the tokenizer's class by name; transformers 5 writes names that it does not know.
 _TOKENIZER_CLASSES = {"qwen2": "Qwen2Tokenizer"}
-
-Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
 
 
 @dataclass(frozen=True)
@@ -55,21 +61,34 @@ class ExportReport:
     seconds: dict[str, float]
 
 
-class _Steps:
-    """Tells how far the export is, and keeps the seconds of every step."""
+@dataclass(frozen=True)
+class _Plan:
+    """What `export_checkpoint` was asked for, checked."""
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.total, self.progress = total, progress
-        self.seconds: dict[str, float] = {}
+    chosen: list[Precision]
+    forms: tuple[str, ...]  # of the decoder
+    prefill: str | None
+    mix: MixOptions
+    storage: Storage
+    pairs: int
+    ort: bool
+    examples: Path | None
+    mix_steps: int
 
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Time one step under its name."""
-        if self.progress is not None:
-            self.progress(name, len(self.seconds), self.total)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
+    @property
+    def writers(self) -> frozenset[str]:
+        """The precisions for which `prefill` reads prompts."""
+        dtype = precision_of(self.prefill).cache_dtype if self.prefill else None
+        users = (each for each in self.chosen if each.cache_dtype == dtype)
+        return frozenset(each.name for each in users if each.name not in (self.prefill, EXACT))
+
+    @property
+    def steps(self) -> int:
+        """How many steps there are to do."""
+        trace = len(GRAPHS) - 1 + len(self.forms)
+        write_and_verify = (1 + len(self.forms)) * len(self.chosen) + len(self.writers)
+        always = 3  # load the checkpoint, ask PyTorch, measure the speed
+        return always + trace + write_and_verify + 2 * self.ort + self.mix_steps
 
 
 def export_checkpoint(
@@ -78,30 +97,60 @@ def export_checkpoint(
     *,
     precisions: Sequence[str] = DEFAULT_PRECISIONS,
     decoder: str = PORTABLE,
+    prefill: str | None = None,
+    mix: MixOptions | None = None,
     storage: Storage | None = None,
+    pairs: int = PAIRS,
+    ort: bool = False,
+    examples: Path | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export a LlavaForConditionalGeneration folder as a verified bundle at `out`, the first precision its default.
 
-    `decoder` is one of DECODERS. `storage` says which graphs get their weights in files of their own; by default those
-    that must. The checkpoint is only read. Everything is written beside `out` and renamed at the end, so that a
-    failure leaves nothing under the final name. Raises ExportError, VerificationError, or PromptError.
+    `decoder` is one of DECODERS. `prefill` names the precision whose decoder reads prompts for others, as
+    `Manifest.prefill_of` says. `mix` tells what `mixed` is made of, or `auto` found by. `storage` says which graphs get
+    their weights in files of their own; by default those that must. Greedy answers are compared on so many `pairs`;
+    with `ort` every graph is written as an .ort file too. The folder `examples` (an examples.json and pictures, for the
+    demo) goes in as it is. The checkpoint is only read. Everything is written beside `out` and renamed at the end, so
+    that a failure leaves nothing under the final name. Raises ExportError, VerificationError, or PromptError.
     """
     chosen = choose_precisions(list(precisions))
+    mix = mix or MixOptions()
     if decoder not in DECODERS:
         raise ExportError(f"decoder {decoder!r} is unknown; choose from {', '.join(DECODERS)}")
-    forms = DECODERS[decoder]
+    plan = _Plan(
+        chosen, DECODERS[decoder], prefill, mix, storage or Storage(), pairs, ort, examples, mix.steps(precisions)
+    )
+    _check_prefill(plan)
+    check_pairs(pairs)
     check_place(checkpoint, out)
-    steps = _Steps(total=1 + len(GRAPHS) + len(forms) + (1 + len(forms)) * len(chosen), progress=progress)
+    if examples is not None and not examples.is_dir():
+        raise ExportError(f"{examples}: no such folder; give one with pictures and an examples.json")
+    steps = Steps(total=plan.steps, progress=progress)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.partial-") as holder:
         bundle = Path(holder) / out.name
         (bundle / "onnx").mkdir(parents=True)
         with steps.step("load checkpoint"):
             source = open_checkpoint(checkpoint)
-        manifest = _write_bundle(source, bundle, forms, chosen, storage or Storage(), steps)
+        manifest = _write_bundle(source, bundle, plan, steps)
         sizes = {variant: manifest.graph_bytes(*found) for variant, found in manifest.variants().items()}
         bundle.rename(out)
     return ExportReport(out, sizes, dict(manifest.verification), steps.seconds)
+
+
+def _check_prefill(plan: _Plan) -> None:
+    """Raise ExportError where `prefill` would read no precision's prompts."""
+    if plan.prefill is None:
+        return
+    names = [precision.name for precision in plan.chosen]
+    if plan.prefill not in names:
+        raise ExportError(f"prefill {plan.prefill!r} is not among the precisions {', '.join(names)}; add it to them")
+    if not plan.writers:
+        dtype = precision_of(plan.prefill).cache_dtype
+        raise ExportError(
+            f"prefill {plan.prefill!r} is of no use to {', '.join(names)}: it takes another precision with a {dtype} "
+            f"KV cache, and {EXACT} reads its own prompts; add one like {'q4' if dtype == 'float32' else 'q4f16'}"
+        )
 
 
 def check_place(checkpoint: Path, out: Path) -> None:
@@ -135,63 +184,105 @@ def _describe(config: Any, facts: ModelFacts, forms: tuple[str, ...]) -> list[Gr
     return graphs
 
 
-def _write_bundle(
-    source: Checkpoint,
-    bundle: Path,
-    forms: tuple[str, ...],
-    chosen: list[Precision],
-    storage: Storage,
-    steps: _Steps,
-) -> Manifest:
+def _write_bundle(source: Checkpoint, bundle: Path, plan: _Plan, steps: Steps) -> Manifest:
     facts = source.facts()
-    descriptions = _describe(source.config, facts, forms)
-    manifest = Manifest(model=facts, graphs=(), files={}, source=_provenance(source), verification={})
+    descriptions = _describe(source.config, facts, plan.forms)
+    manifest = Manifest(
+        model=facts, graphs=(), files={}, source=_provenance(source), verification={}, prefill=plan.prefill
+    )
     _write_settings(source, facts, bundle)
+    if plan.examples is not None:
+        shutil.copytree(plan.examples, bundle / "examples")
+    settings = Bundle.of(bundle, "", manifest)
+    calibration = plan.mix.read(settings)  # before anything that takes long
     with tempfile.TemporaryDirectory(dir=bundle.parent) as traced:
         for description in descriptions:
             with steps.step(f"export {description.stem or description.name}"):
                 description.write(source.model, _onnx(Path(traced), description))
         with steps.step("ask PyTorch"):
-            prompts = sample_prompts(Bundle.of(bundle, "", manifest))
-            expected = record(TorchReference(source.model, facts.eos_token_ids), prompts)
+            prompts = Pairs(settings, plan.pairs)
+            expected = record(TorchReference(source.model, facts.eos_token_ids), prompts, steps.pairs_done)
         # From here on the model is in the files and in the answers: its memory goes to the graphs.
         source.release()
-        graphs = _write_graphs(Path(traced), descriptions, bundle, chosen, storage, steps)
+        mixing = _mix(plan, Variants(Path(traced), settings, descriptions), calibration, steps)
+        graphs = _write_graphs(Path(traced), descriptions, bundle, plan, mixing, steps)
+    if plan.ort:
+        with steps.step("write .ort files"):
+            write_ort_files(bundle, graphs)
     _write_json(bundle / "config.json", {**_config(source), "transformers.js_config": _transformers_js(graphs)})
     manifest = replace(manifest, graphs=graphs, files=_hash_files(bundle))
     (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    verification: dict[str, Any] = {}
-    for variant, (name, form) in manifest.variants().items():
-        with steps.step(f"verify {variant}"):
-            runner = GraphRunner(Bundle.open(bundle, name).in_form(form))
-            verification[variant] = {
-                "runs": exercise(runner),
-                **compare(runner, prompts, expected, PRECISIONS[name].bounds),
-            }
-    manifest = replace(manifest, verification=verification)
+    manifest = replace(manifest, verification=_verify(bundle, manifest, prompts, expected, mixing, plan.ort, steps))
     write_card(Bundle.open(bundle), manifest)
     manifest = replace(manifest, files=_hash_files(bundle))
     (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 
+def _verify(
+    bundle: Path,
+    manifest: Manifest,
+    prompts: Pairs,
+    expected: list[Expected],
+    mixing: Mixing | None,
+    ort: bool,
+    steps: Steps,
+) -> dict[str, Any]:
+    """Run and compare every variant; returns what was measured. Raises VerificationError."""
+    verification: dict[str, Any] = {}
+    for variant, found in manifest.variants().items():
+        with steps.step(f"verify {variant}"):
+            runner = GraphRunner.open(bundle, found)
+            verification[variant] = {
+                "runs": exercise(runner),
+                **compare(runner, prompts, expected, precision_of(found.precision).bounds, steps.pairs_done),
+            }
+            if mixing is not None:
+                verification[variant] |= mixing.record(found.precision, runner)
+    if ort:
+        with steps.step("verify .ort files"):
+            for found in manifest.variants().values():
+                if found.prefill is None:  # the one that reads for it is checked too
+                    check_ort_files(bundle, found, prompts.first[:3])
+    with steps.step("measure speed"):
+        for variant, speed in measure_variants(bundle, manifest, prompts.first[0]).items():
+            verification[variant]["speed"] = speed
+    return verification
+
+
+def _mix(plan: _Plan, variants: Variants, calibration: Calibration | None, steps: Steps) -> Mixing | None:
+    """Calibrate, and find a mix where none is named; None where no precision needs pairs."""
+    mixed = any(precision.name == MIXED for precision in plan.chosen)
+    if not mixed and calibration is None:
+        return None
+    with steps.step("calibrate"):
+        mixing = Mixing.prepare(plan.mix, variants, calibration)
+    if mixed and plan.mix.parts is None:
+        with steps.step("search"):
+            mixing.search(steps.say)
+    return mixing
+
+
 def _write_graphs(
     traced: Path,
     descriptions: list[GraphDescription],
     bundle: Path,
-    chosen: list[Precision],
-    storage: Storage,
-    steps: _Steps,
+    plan: _Plan,
+    mixing: Mixing | None,
+    steps: Steps,
 ) -> tuple[GraphFile, ...]:
     """Make every precision from the traced float32 files, one graph at a time."""
     graphs = []
-    for precision in chosen:
+    for precision in plan.chosen:
         with steps.step(f"write {precision.name}"), quiet():
             for description in descriptions:
-                graph = OnnxGraph.read(_onnx(traced, description))
+                mixed = mixing if precision.name == MIXED else None
+                graph = OnnxGraph.read(mixed.file(description) if mixed else _onnx(traced, description))
                 precision.change(description.name, graph)
+                if description.name == DECODER and precision.name in plan.writers:
+                    round_activations(graph)  # it will see one token at a time
                 file = f"onnx/{description.stem or description.name}{precision.suffix}.onnx"
-                data = tuple(f"onnx/{name}" for name in graph.write(bundle / file, storage))
+                data = tuple(f"onnx/{name}" for name in graph.write(bundle / file, plan.storage))
                 inputs, outputs = description.tensors(precision.cache_dtype)
                 graphs.append(
                     GraphFile(description.name, precision.name, description.form, file, data, inputs, outputs)
@@ -206,9 +297,10 @@ def _onnx(folder: Path, description: GraphDescription) -> Path:
 def _transformers_js(graphs: tuple[GraphFile, ...]) -> dict[str, Any]:
     """What transformers.js must be told: how many data files a graph has, and which caches are not float32."""
     return {
+        "dtype": dtype_of(graphs[0].precision),  # where nobody asks for one: a browser's own default may not be here
         "use_external_data_format": {Path(graph.file).name: len(graph.data) for graph in graphs if graph.data},
         "kv_cache_dtype": {
-            graph.precision: dtype
+            dtype_of(graph.precision): dtype
             for graph in graphs
             if graph.name == DECODER and (dtype := graph.inputs[-1].dtype) != "float32"
         },
@@ -227,6 +319,8 @@ def _write_settings(source: Checkpoint, facts: ModelFacts, bundle: Path) -> None
     tokenizer["tokenizer_class"] = _TOKENIZER_CLASSES.get(language, tokenizer.get("tokenizer_class"))
     _write_json(bundle / "tokenizer_config.json", tokenizer)
     (bundle / CHAT_TEMPLATE).write_text(source.chat_template, encoding="utf-8")
+    for file in licence_files(source.path):
+        shutil.copyfile(file, bundle / file.name)
 
 
 def _config(source: Checkpoint) -> dict[str, Any]:
@@ -271,6 +365,10 @@ def _provenance(source: Checkpoint) -> dict[str, Any]:
         "projector": source.projector,
         "language_model": source.config.text_config.model_type,
         "parameters": source.model.num_parameters(),
+        "licence": {
+            "stated": stated_licence(source.path),
+            "files": [file.name for file in licence_files(source.path)],
+        },
         "weights": {file.name: sha256(file) for file in weights},
         "made_with": {name: version(name) for name in ("switchkd", "torch", "transformers", "onnx", "onnxruntime")},
     }

@@ -144,10 +144,12 @@ def _compare(
     kept, logits = Difference(), Difference()
     found = record(reference, prompts)
     for got, want in zip(found, expected, strict=True):
-        kept.add(got.embeds_1TD, want.embeds_1TD)
-        if got.features_PND is not None and want.features_PND is not None:
-            kept.add(got.features_PND, want.features_PND)
-        logits.add(got.logits_RV, want.logits_RV)
+        assert got.values is not None  # a few prompts, compared closely
+        assert want.values is not None
+        kept.add(got.values.embeds_1TD, want.values.embeds_1TD)
+        if got.values.features_PND is not None and want.values.features_PND is not None:
+            kept.add(got.values.features_PND, want.values.features_PND)
+        logits.add(got.values.logits_RV, want.values.logits_RV)
     kept.check(f"{source.path}: what is kept (pictures, embeddings)", 1e-4, 1e-4)
     logits.check(f"{source.path}: logits", float("inf"), logits_rms)
     if logits.relative_rms == 0:

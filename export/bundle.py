@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from .json_fields import BundleError as BundleError  # as a name of this module too
 from .json_fields import Reader, parse_object
@@ -17,12 +17,15 @@ from .onnx_wire import OnnxWireError, read_names
 from .pixels import PictureError, Preprocessing
 
 FORMAT = "switchkd-bundle"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 VISION_ENCODER, EMBED_TOKENS, DECODER = GRAPHS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
 PORTABLE = "portable"  # plain operators: any padding, any chunks, any batch
 FUSED = "fused"  # a decoder in ONNX Runtime's own operators: faster, with limits that docs/bundle.md names
 FORMS = (PORTABLE, FUSED)
+EXACT = "fp32"  # the precision of the weights as trained
+
+NUM_LOGITS_TO_KEEP = "num_logits_to_keep"  # transformers.js looks for this name, and then asks for one
 
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER = "tokenizer.json"
@@ -116,9 +119,10 @@ def portable_tensors(
 
     mask = TensorSpec("attention_mask", "int64", ("batch_size", "total"))  # total = past + time
     positions = TensorSpec("position_ids", "int64", ("batch_size", "time"))
-    logits = TensorSpec("logits", "float32", ("batch_size", "time", model.vocab_size))
+    keep = TensorSpec(NUM_LOGITS_TO_KEEP, "int64", ())  # 0: a row of logits for every new token; n: for the last n
+    logits = TensorSpec("logits", "float32", ("batch_size", "logits_time", model.vocab_size))
     return (
-        (embeds, mask, positions, *layers(cache.past_names(), "past")),
+        (embeds, mask, positions, keep, *layers(cache.past_names(), "past")),
         (logits, *layers(cache.present_names(), "total")),
     )
 
@@ -139,6 +143,14 @@ class FileFacts:
     sha256: str
 
 
+class Variant(NamedTuple):
+    """One way to run a bundle: a precision, the form of its decoder, and who reads prompts if not that decoder."""
+
+    precision: str
+    form: str
+    prefill: str | None = None  # a precision; its decoder has the same form
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The content of manifest.json; `source` and `verification` are records for people and tools."""
@@ -148,6 +160,7 @@ class Manifest:
     files: Mapping[str, FileFacts]
     source: Mapping[str, Any]
     verification: Mapping[str, Any]
+    prefill: str | None = None  # the precision whose decoder reads prompts for others, see `prefill_of`
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -158,22 +171,43 @@ class Manifest:
         """The forms in which a precision has the decoder; the first is the default."""
         return tuple(graph.form for graph in self.graphs if graph.name == DECODER and graph.precision == precision)
 
-    def variants(self) -> dict[str, tuple[str, str]]:
-        """Precision and decoder's form of everything that can be run, by its name in `verification` and for people."""
-        return {
-            precision if place == 0 else f"{precision} {form}": (precision, form)
-            for precision in self.precisions
-            for place, form in enumerate(self.forms(precision))
-        }
+    def cache_dtype(self, precision: str) -> str | None:
+        """The type of a precision's KV cache, as numpy names it; None where it has no decoder."""
+        first = self.model.cache.past_names()[0]
+        decoders = (graph for graph in self.graphs if graph.name == DECODER and graph.precision == precision)
+        return next((tensor.dtype for graph in decoders for tensor in graph.inputs if tensor.name == first), None)
 
-    def graph_bytes(self, precision: str, form: str | None = None) -> dict[str, int]:
-        """Bytes of each graph in a precision, data files included; `form` is the decoder's (None: the default)."""
+    def prefill_of(self, precision: str) -> str | None:
+        """The precision whose decoder reads prompts in this one's place, or None.
+
+        The cache goes from one to the other, so its type must be equal. Float32 reads its own: it is chosen for being
+        exact.
+        """
+        if self.prefill is None or precision in (self.prefill, EXACT):
+            return None
+        return self.prefill if self.cache_dtype(precision) == self.cache_dtype(self.prefill) else None
+
+    def variants(self) -> dict[str, Variant]:
+        """Everything that can be run, by its name in `verification` and for people."""
+        found: dict[str, Variant] = {}
+        for precision in self.precisions:
+            forms, prefill = self.forms(precision), self.prefill_of(precision)
+            for place, form in enumerate(forms):
+                found[precision if place == 0 else f"{precision} {form}"] = Variant(precision, form)
+            if prefill is not None and forms:  # once, in the form that is served
+                served = FUSED if FUSED in forms else forms[0]
+                found[f"{precision} after {prefill}"] = Variant(precision, served, prefill)
+        return found
+
+    def graph_bytes(self, precision: str, form: str | None = None, prefill: str | None = None) -> dict[str, int]:
+        """Bytes of each graph of a variant, data files included; `form` is the decoder's (None: the default)."""
         form = form or next(iter(self.forms(precision)), None)
-        return {
-            graph.name: sum(self.files[name].bytes for name in (graph.file, *graph.data))
-            for graph in self.graphs
-            if graph.precision == precision and (graph.name != DECODER or graph.form == form)
-        }
+        sizes = dict.fromkeys(GRAPHS, 0)
+        for graph in self.graphs:
+            mine = graph.precision == precision or (graph.precision == prefill and graph.name == DECODER)
+            if mine and (graph.name != DECODER or graph.form == form):
+                sizes[graph.name] += sum(self.files[name].bytes for name in (graph.file, *graph.data))
+        return sizes
 
     def to_json(self) -> str:
         """Write the manifest as the text of manifest.json."""
@@ -193,13 +227,20 @@ class Manifest:
             )
         root = Reader(content, MANIFEST)
         files = root.object("files")
-        return cls(
+        manifest = cls(
             model=_read_model(root.object("model")),
             graphs=tuple(_read_graph(graph) for graph in root.objects("graphs")),
             files={name: _read_file(files.object(name)) for name in files.content},
             source=root.object("source").content,
             verification=root.object("verification").content,
+            prefill=None if content.get("prefill") is None else root.text("prefill"),
         )
+        if manifest.prefill is not None and manifest.prefill not in manifest.precisions:
+            raise BundleError(
+                f"{MANIFEST}: prefill is {manifest.prefill!r}, but its precisions are "
+                f"{', '.join(manifest.precisions)}; export again"
+            )
+        return manifest
 
 
 def _read_model(model: Reader) -> ModelFacts:
@@ -295,7 +336,7 @@ class Bundle:
         for name in GRAPHS:
             bundle.graph(name)  # raises where it is not there
         for graph in manifest.graphs:
-            if graph.precision == precision:
+            if graph.precision in (precision, manifest.prefill_of(precision)):
                 _check_graph(path, graph)
         return bundle
 
@@ -324,8 +365,9 @@ class Bundle:
     @property
     def cache_dtype(self) -> str:
         """The type of the KV cache, as numpy names it; precisions differ in it."""
-        first = self.model.cache.past_names()[0]
-        return next(tensor.dtype for tensor in self.graph(DECODER).inputs if tensor.name == first)
+        dtype = self.manifest.cache_dtype(self.precision)
+        assert dtype is not None
+        return dtype
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -338,6 +380,13 @@ class Bundle:
             have = ", ".join(self.forms)
             raise BundleError(f"{self.path}: holds no {form} decoder in {self.precision}, only {have}; export it")
         return replace(self, form=form)
+
+    def prefill(self) -> Self | None:
+        """The same in the precision whose decoder reads prompts, or None where this one's reads its own."""
+        precision = self.manifest.prefill_of(self.precision)
+        if precision is None or (self.form is not None and self.form not in self.manifest.forms(precision)):
+            return None
+        return replace(self, precision=precision)
 
     def graph(self, name: str, precision: str | None = None) -> GraphFile:
         """The entry of a graph (one of GRAPHS), in the bundle's precision unless another is named."""
@@ -404,7 +453,7 @@ def _check_unlisted(path: Path, manifest: Manifest, everything: bool) -> None:
             raise BundleError(f"{file}: {name.suffix} files can hold code and belong in no bundle; remove it")
         if name == Path(MANIFEST) or name.as_posix() in manifest.files:
             continue
-        if everything or name.suffix.lower().startswith(".onnx"):
+        if everything or name.suffix.lower().startswith((".onnx", ".ort")):
             raise BundleError(f"{file}: the manifest does not list it; remove it, or copy the bundle again")
 
 

@@ -1,13 +1,18 @@
 """Writes the bundle's README.md: what is inside, how close it is to the model, and how to run it."""
 
+import json
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from .bundle import DECODER, FUSED, GRAPHS, PORTABLE, Bundle, Manifest
-from .precisions import PRECISIONS
+from .card_mobile import mobile_text
+from .precisions import MIXED, dtype_of, precision_of
 from .prompt import render_chat
+from .questions import FIRST
+from .speed import STAGES
 
 CARD = "README.md"
 
@@ -15,7 +20,7 @@ _CARD = Template("""\
 ---
 library_name: transformers.js
 pipeline_tag: image-text-to-text
-tags: [onnx, llava, switchkd]
+${licence_keys}tags: [onnx, llava, switchkd]
 ---
 
 # A vision-language model as ONNX
@@ -32,10 +37,19 @@ $notes
 
 ## Parity
 
-Measured at export against PyTorch, on $prompts prompts with up to two pictures: in one go, in pieces with a KV cache,
-and in a batch with padding. The answers are greedy, $new_tokens tokens at most.
+Measured at export against PyTorch. Features and logits: on $closely prompts with up to two pictures, in one go, in
+pieces with a KV cache, and in a batch with padding. Answers: greedy, $new_tokens tokens at most, to $prompts generated
+pairs of pictures and a question.
 
 $parity
+
+## Speed
+
+$speed
+
+## Licence
+
+$licence
 
 ## Run it
 
@@ -59,23 +73,30 @@ see `preprocessor_config.json` for the exact steps, and `chat_template.jinja` fo
 $script
 ```
 
-In JavaScript (Node or a browser, `npm install @huggingface/transformers`), served from a folder or a hub:
+In JavaScript (Node or a browser, `npm install @huggingface/transformers`), from the folder that holds the bundle's, or
+without the two lines about `env` from a hub, where `bundle` is the repository's name:
 
 ```js
-import { AutoProcessor, LlavaForConditionalGeneration, load_image } from "@huggingface/transformers";
+import { AutoProcessor, LlavaForConditionalGeneration, env, load_image } from "@huggingface/transformers";
 
-const model = await LlavaForConditionalGeneration.from_pretrained("path/to/bundle", { dtype: "$dtype" });
-const processor = await AutoProcessor.from_pretrained("path/to/bundle");
-const messages = [{ role: "user", content: [{ type: "image" }, { type: "text", text: "What is in the picture?" }] }];
+const [bundle, picture, question] = ["bundle", "picture.png", "What is in the picture?"];
+env.localModelPath = "./";
+env.allowRemoteModels = false;
+const model = await LlavaForConditionalGeneration.from_pretrained(bundle, { dtype: "$dtype" });
+const processor = await AutoProcessor.from_pretrained(bundle);
+const messages = [{ role: "user", content: [{ type: "image" }, { type: "text", text: question }] }];
 const prompt = processor.tokenizer.apply_chat_template(messages, { tokenize: false, add_generation_prompt: true })
   .replaceAll("$image_token", "$image_token".repeat($tokens));
-const image = await load_image("picture.png");
+const image = await load_image(picture);
 const inputs = { ...processor.tokenizer(prompt), ...(await processor.image_processor(image)) };
 const output = await model.generate({ ...inputs, max_new_tokens: 64, do_sample: false });
 const answer = output.slice(null, [inputs.input_ids.dims[1], null]);
 console.log(processor.batch_decode(answer, { skip_special_tokens: true })[0]);
 ```
-""")
+
+### On Android and iOS
+
+$mobile""")
 
 # Kept whole and runnable: a test cuts it out of a bundle's card and runs it.
 _SCRIPT = Template("""\
@@ -104,7 +125,7 @@ while len(answer) < 64:
     logits, *cache = decoder.run(None, {
         "inputs_embeds": embeds,
         "attention_mask": np.ones((1, length + new), np.int64),
-$positions        **past,
+$positions        "num_logits_to_keep": np.array(1), **past,
     })
     past, length = dict(zip(past, cache)), length + new
     token = int(logits[0, -1].argmax())
@@ -131,19 +152,26 @@ def write_card(bundle: Bundle, manifest: Manifest) -> None:
         width=width,
         sizes=_sizes(manifest),
         notes=_notes(manifest),
+        closely=len(FIRST),
         prompts=greedy["prompts"],
         new_tokens=greedy["max_new_tokens"],
-        parity=_parity(records),
+        parity=_parity(records) + _scores(records),
         script=_script(bundle, manifest),
-        dtype=manifest.precisions[0],
+        dtype=dtype_of(manifest.precisions[0]),
         image_token=model.image_token,
+        speed=_speed(records),
+        licence_keys="".join(f"{key}: {json.dumps(text)}\n" for key, text in source["licence"]["stated"].items()),
+        licence=_licence(source["licence"]),
+        mobile=mobile_text(bundle, manifest),
     )
     (bundle.path / CARD).write_text(text, encoding="utf-8")
 
 
 def _notes(manifest: Manifest) -> str:
-    lines = [f"- `{name}`: {PRECISIONS[name].note}" for name in manifest.precisions]
-    if fused := [f"`{variant}`" for variant, (_, form) in manifest.variants().items() if form == FUSED]:
+    parts = manifest.verification.get(MIXED, {}).get("parts", {})
+    notes = {MIXED: ", ".join(f"{part} {method}" for part, method in parts.items())}
+    lines = [f"- `{name}`: {precision_of(name).note} {notes.get(name, '')}".rstrip() for name in manifest.precisions]
+    if fused := [f"`{variant}`" for variant, found in manifest.variants().items() if found.form == FUSED]:
         lines.append(
             f"- The decoder of {', '.join(fused)} is made of ONNX Runtime's fused operators: no `position_ids`, and a "
             "batch is padded on the right only."
@@ -153,8 +181,8 @@ def _notes(manifest: Manifest) -> str:
 
 def _sizes(manifest: Manifest) -> str:
     rows = [["precision", *GRAPHS, "together"]]
-    for variant, (precision, form) in manifest.variants().items():
-        by_graph = manifest.graph_bytes(precision, form)
+    for variant, found in manifest.variants().items():
+        by_graph = manifest.graph_bytes(*found)
         sizes = [by_graph[name] for name in GRAPHS]
         rows.append([variant, *(f"{size / 1e6:.2f} MB" for size in (*sizes, sum(sizes)))])
     return _table(rows)
@@ -173,6 +201,69 @@ def _parity(records: Mapping[str, Any]) -> str:
             ]
         )
     return _table(rows)
+
+
+def _speed(records: Mapping[str, Any]) -> str:
+    """Seconds by precision, and the machine that they were measured on."""
+    first = next(iter(records.values()))["speed"]
+    prompt = f"a prompt of {first['prompt_tokens']} tokens"
+    rows = [["precision", "one picture", prompt, "a token", "tokens per second"]]
+    for precision, record in records.items():
+        speed = record["speed"]
+        rows.append(
+            [
+                precision,
+                *(f"{1e3 * speed[stage]:,.{1 if speed[stage] >= 0.01 else 2}f} ms" for stage in STAGES),
+                f"{1 / speed['decode']:,.0f}",
+            ]
+        )
+    text = (
+        f"Medians, measured in turns on the machine that made this bundle: {first['processor']}, {first['processors']} "
+        f"logical processors, {first['system']}, onnxruntime {first['onnxruntime']}. Another machine has other "
+        "numbers, and may have another order. The prompt is one picture and a short question; the token is written "
+        "after it."
+    )
+    return f"{textwrap.fill(text, 120)}\n\n{_table(rows)}"
+
+
+def _licence(licence: Mapping[str, Any]) -> str:
+    stated = licence["stated"]
+    files = ", ".join(f"`{name}`" for name in licence["files"])
+    if stated:
+        name = stated.get("license_name") or stated.get("license", "")
+        link = f" ({stated['license_link']})" if "license_link" in stated else ""
+        return f"The checkpoint states: {name}{link}." + (f" Its text: {files}." if files else "")
+    if files:
+        return f"The checkpoint names no licence, but brings {files}."
+    return (
+        "The checkpoint states none. The licences of what it was made from (vision encoder, language model, data)\n"
+        "apply to this bundle too."
+    )
+
+
+def _scores(records: Mapping[str, Any]) -> str:
+    """What was measured on pairs of questions and answers, where there were any."""
+    scores = {name: record["calibration"] for name, record in records.items() if "calibration" in record}
+    if not scores:
+        return ""
+    rows = [["precision", "answers that match", "answers as in fp32", "first other token", "logits, relative RMS"]]
+    for name, found in scores.items():
+        parting = found["mean_first_divergence"]
+        rows.append(
+            [
+                name,
+                f"{found['accuracy']:.1%}",
+                f"{found['agreement']:.1%}",
+                "none" if parting is None else f"{parting:.1f}",
+                f"{found['relative_rms']:.1e}",
+            ]
+        )
+    first = next(iter(scores.values()))
+    text = (
+        f"Scored on {first['pairs']} pairs of a question and its answer ({first['source']}), on none of which anything "
+        "was calibrated: exact matches with the given answer, and with the answer of the float32 graphs."
+    )
+    return f"\n\n{textwrap.fill(text, 120)}\n\n{_table(rows)}"
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from .bundle import CacheShape, ModelFacts
+from .fused_decoder import ROTARY_TYPES
 from .graphs import ExportError, quiet
 from .pixels import PictureError, Preprocessing
-from .projectors import ProjectorError, llava_class, projector_type
+from .projectors import ProjectorError, check_projector, llava_class, projector_type
 
 VISION_TYPES = ("siglip_vision_model", "clip_vision_model")
 LANGUAGE_TYPES = ("qwen2", "llama")
@@ -107,6 +109,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise ExportError(f"{path}: no such checkpoint folder; give a folder written by `save_pretrained`")
     _check_architecture(path)
+    config = _read_config(path)
     _check_weights(path)
     processor_config = _read_json(path / "processor_config.json", optional=True)
     # transformers 4 wrote the picture settings into a file of their own.
@@ -118,7 +121,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tokenizer_config = _read_json(path / "tokenizer_config.json")
     checkpoint = Checkpoint(
         path=path,
-        model=_load_model(path),
+        model=_load_model(path, config),
         tokenizer=_load_tokenizer(path / "tokenizer.json"),
         tokenizer_config=tokenizer_config,
         processor_config=processor_config,
@@ -140,8 +143,42 @@ def _check_architecture(path: Path) -> None:
     ):
         if found not in known:
             raise ExportError(f"{path / 'config.json'}: {name} is {found!r}, switchkd exports {' or '.join(known)}")
-    if set(text.get("layer_types") or ["full_attention"]) != {"full_attention"}:
-        raise ExportError(f"{path / 'config.json'}: the language model uses sliding windows, which cannot be exported")
+    if quantized := config.get("quantization_config"):
+        raise ExportError(
+            f"{path / 'config.json'}: its weights are quantised ({quantized.get('quant_method', 'unknown method')}); "
+            "export the checkpoint they were made from, in float32, float16 or bfloat16"
+        )
+
+
+def _read_config(path: Path) -> LlavaConfig:
+    """Read config.json as transformers understands it; raises ExportError for what would become a wrong graph."""
+    try:
+        config: Any = LlavaConfig.from_pretrained(path, local_files_only=True)
+        check_projector(config)
+    except (StrictDataclassError, ProjectorError) as error:
+        raise ExportError(f"{path / 'config.json'}: {_one_line(error)}") from None
+    text, vision = config.text_config, config.vision_config
+    rotary = text.rope_parameters.get("rope_type", "default")
+    chosen = config.vision_feature_layer
+    layers, count = [chosen] if isinstance(chosen, int) else chosen, vision.num_hidden_layers
+    for wrong, reason in (
+        (
+            set(getattr(text, "layer_types", None) or ["full_attention"]) != {"full_attention"},
+            "the language model uses sliding windows, which cannot be exported",
+        ),
+        (
+            rotary not in ROTARY_TYPES,
+            f"rope_type is {rotary!r}, switchkd exports {', '.join(ROTARY_TYPES)}: other angles change with the "
+            "length of the prompt, which a graph cannot",
+        ),
+        (
+            any(not -count - 1 <= layer <= count for layer in layers),
+            f"vision_feature_layer is {chosen}, the vision encoder has {count} layers; correct it",
+        ),
+    ):
+        if wrong:
+            raise ExportError(f"{path / 'config.json'}: {reason}")
+    return config  # type: ignore[no-any-return]
 
 
 def _check_weights(path: Path) -> None:
@@ -172,30 +209,36 @@ def _check_weights(path: Path) -> None:
             raise ExportError(f"{file}: not whole ({error}); copy or save the checkpoint again") from error
 
 
-def _load_model(path: Path) -> LlavaForConditionalGeneration:
+def _load_model(path: Path, config: LlavaConfig) -> LlavaForConditionalGeneration:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         with quiet():
-            loaded: Any = llava_class(LlavaConfig.from_pretrained(path, local_files_only=True)).from_pretrained(
+            loaded: Any = llava_class(config).from_pretrained(
                 path,
+                config=config,
                 dtype=torch.float32,
                 # Written out step by step it makes the smaller graph, and the fused kernels change nothing here.
                 attn_implementation="eager",
                 use_safetensors=True,
                 local_files_only=True,
+                ignore_mismatched_sizes=True,  # they are told, and refused below
                 output_loading_info=True,
             )
-    except ProjectorError as error:
-        raise ExportError(f"{path / 'config.json'}: {error}") from None
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = _one_line(error)[:300]
         raise ExportError(f"{path}: the weights cannot be loaded ({reason}); save the checkpoint again") from error
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
     model: LlavaForConditionalGeneration
     model, loading = loaded
+    if others := sorted(loading["mismatched_keys"]):
+        name, found, expected = others[0]
+        raise ExportError(
+            f"{path}: {len(others)} weights have other shapes than config.json says, the first is {name}: "
+            f"{list(found)}, expected {list(expected)}; correct config.json"
+        )
     if missing := sorted(loading["missing_keys"]):
         # transformers would go on with random numbers in their place.
         raise ExportError(f"{path}: {len(missing)} weights are missing, the first is {missing[0]}; save it again")
@@ -203,7 +246,7 @@ def _load_model(path: Path) -> LlavaForConditionalGeneration:
         # A projector without some of its weights would give other numbers than the one that was trained.
         raise ExportError(
             f"{path}: {unused[0]} is no weight of the projector that config.json asks for "
-            f"({projector_type(model.config)!r}); correct projector_type"
+            f"({projector_type(model.config)!r}); correct projector_type or multimodal_projector_bias"
         )
     model.eval().requires_grad_(False)
     return model
@@ -253,3 +296,7 @@ def _read_json(file: Path, *, optional: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ExportError(f"{file}: not a JSON object")
     return content
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

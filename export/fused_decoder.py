@@ -3,8 +3,8 @@
 A layer is twelve nodes: attention with its rotary angles and its KV cache is one of them, queries, keys and values
 come out of one product, and a sum with the normalisation after it is one.
 
-Shapes in names: B batch, T new tokens, S past + new tokens, P positions, D hidden size, E size of a head, I and O a
-product's inputs and outputs, V vocabulary.
+Shapes in names: B batch, T new tokens, R the last of them, S past + new tokens, P positions, D hidden size, E size of a
+head, I and O a product's inputs and outputs, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class FusedDecoder(GraphDescription):
-    """inputs_embeds, attention_mask, past_key_values.* -> logits [B, T, V], present.*
+    """inputs_embeds, attention_mask, num_logits_to_keep, past_key_values.* -> logits, present.*
 
     Right for one prompt, whole or in pieces, and for a batch with padding on the right of which one token at a time
     follows. Wrong for padding on the left; onnxruntime refuses more tokens at once after a batch's past. Raises
@@ -154,9 +154,10 @@ def _build(
     given, results = [_value(spec) for spec in inputs], [_value(spec) for spec in outputs]
     language_model: Any = model.model.language_model
     nodes = _Nodes()
-    embeds_BTD, mask_BS, *past = given
-    logits_BTV, *present = results
+    embeds_BTD, mask_BS, keep, *past = given
+    logits_BRV, *present = results
     shared = [*_lengths(nodes, mask_BS), *_angles(nodes, language_model)]
+    bounds = _last(nodes, keep)
     residual_BTD, branch_BTD = embeds_BTD, None
     for number, layer in enumerate(language_model.layers):
         name, cache = f"layers.{number}", slice(2 * number, 2 * number + 2)
@@ -176,12 +177,16 @@ def _build(
         mixed_BTD = _attention(
             nodes, f"{name}.attention", layer.self_attn, normed_BTD, past[cache], present[cache], shared
         )
+        if number == len(language_model.layers) - 1:  # what follows looks at one place at a time
+            mixed_BTD = nodes.op("kept", "Slice", mixed_BTD, *bounds)
+            residual_BTD = nodes.op("kept_residual", "Slice", residual_BTD, *bounds)
+        mixed_BTD = nodes.linear(f"{name}.attention.output", mixed_BTD, layer.self_attn.o_proj)
         norm = layer.post_attention_layernorm
         normed_BTD, residual_BTD = nodes.normalized_sum(f"{name}.middle_norm", residual_BTD, mixed_BTD, norm)
         branch_BTD = _feed_forward(nodes, f"{name}.mlp", layer.mlp, normed_BTD)
     assert branch_BTD is not None
     normed_BTD, _ = nodes.normalized_sum("norm", residual_BTD, branch_BTD, language_model.norm)
-    nodes.linear("lm_head", normed_BTD, model.lm_head, output=logits_BTV)
+    nodes.linear("lm_head", normed_BTD, model.lm_head, output=logits_BRV)
     return ir.Model(
         ir.Graph(
             given,
@@ -198,6 +203,14 @@ def _build(
 def _value(spec: TensorSpec) -> ir.Value:
     dtype = ir.TensorType(ir.DataType.from_numpy(np.dtype(spec.dtype)))
     return ir.Value(name=spec.name, type=dtype, shape=ir.Shape(spec.shape))
+
+
+def _last(nodes: _Nodes, count: ir.Value) -> list[ir.Value]:
+    """Start, end and axis of a Slice that leaves the last `count` of T places, all for 0."""
+    axis = nodes.constant("axis_of_time", np.array([1], dtype=np.int64))
+    end = nodes.constant("end_of_time", np.array([np.iinfo(np.int64).max]))
+    shape = nodes.constant("shape_of_bound", np.array([1], dtype=np.int64))
+    return [nodes.op("first_kept", "Reshape", nodes.op("minus_kept", "Neg", count), shape), end, axis]
 
 
 def _lengths(nodes: _Nodes, mask_BS: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -228,7 +241,7 @@ def _attention(
     present: list[ir.Value],
     shared: list[ir.Value],
 ) -> ir.Value:
-    """Self-attention of one layer; `shared` holds lengths and angles, in the operator's order."""
+    """Self-attention of one layer but its last product; `shared` holds lengths and angles, in the operator's order."""
     config = attention.config
     packed = nodes.linear(f"{name}.qkv", normed_BTD, attention.q_proj, attention.k_proj, attention.v_proj)
     mixed = ir.Value(name=name)
@@ -245,7 +258,7 @@ def _attention(
         domain=MICROSOFT,
         name=name,
     )
-    return nodes.linear(f"{name}.output", mixed, attention.o_proj)
+    return mixed
 
 
 def _feed_forward(nodes: _Nodes, name: str, mlp: Any, normed_BTD: ir.Value) -> ir.Value:

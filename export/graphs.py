@@ -27,8 +27,18 @@ from optimum.utils import (
 from torch import nn
 from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrainedConfig
 
-from .bundle import DECODER, EMBED_TOKENS, PORTABLE, VISION_ENCODER, ModelFacts, TensorSpec, portable_tensors
+from .bundle import (
+    DECODER,
+    EMBED_TOKENS,
+    NUM_LOGITS_TO_KEEP,
+    PORTABLE,
+    VISION_ENCODER,
+    ModelFacts,
+    TensorSpec,
+    portable_tensors,
+)
 from .onnx_graph import Storage, unload
+from .parts import name_by_part
 
 OPSET = 20  # the newest that browsers' and phones' ONNX Runtime all know
 TASK = "image-text-to-text"
@@ -118,6 +128,8 @@ class TracedGraph(GraphDescription):
                 dim = value.type.tensor_type.shape.dim[axis]
                 if dim.HasField("dim_param"):  # a number there means that tracing froze the axis: verification's case
                     dim.dim_param = name
+        for node in proto.graph.node:
+            name_by_part(self.name, node)
         # torch notes source paths and stack traces at every node: megabytes, private, and another hash each time.
         for annotated in [*proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.initializer]:
             del annotated.metadata_props[:]
@@ -182,9 +194,10 @@ class DecoderModule(nn.Module):
         inputs_embeds_BTD: torch.Tensor,
         attention_mask_BS: torch.Tensor,
         position_ids_BT: torch.Tensor,
+        num_logits_to_keep: torch.Tensor,
         past_BKPE: list[tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """New tokens after a cache of P: logits_BTV and the cache grown to S = P + T."""
+        """New tokens after a cache of P: logits of the last of them (0: of all), and the cache grown to S = P + T."""
         cache = DynamicCache()
         for layer, (key_BKPE, value_BKPE) in enumerate(past_BKPE):
             cache.update(key_BKPE, value_BKPE, layer)
@@ -204,13 +217,28 @@ class DecoderModule(nn.Module):
         )
         layers: list[Any] = cache.layers
         present_BKSE = [(layer.keys, layer.values) for layer in layers]
-        return self.lm_head(output.last_hidden_state), present_BKSE
+        return self.lm_head(_last(output.last_hidden_state, num_logits_to_keep)), present_BKSE
+
+
+def _last(hidden_BTD: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """The last `count` of T places, all for 0.
+
+    A node by name: torch traces no slice whose size is a tensor's number. It takes the result to be of the size T.
+    """
+    bounds = (-count.reshape(1), torch.tensor([torch.iinfo(torch.int64).max]), torch.tensor([1]))  # start, end, axis
+    return torch.onnx.ops.symbolic("Slice", (hidden_BTD, *bounds), dtype=hidden_BTD.dtype, shape=hidden_BTD.shape)
 
 
 class DecoderInputs(DummyInputGenerator):  # type: ignore[misc]  # optimum carries no types
     """Example inputs of a decoder with a filled cache, in Optimum's manner; sizes of 2 and up keep axes free."""
 
-    SUPPORTED_INPUT_NAMES = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+    SUPPORTED_INPUT_NAMES = (
+        "inputs_embeds",
+        "attention_mask",
+        "position_ids",
+        NUM_LOGITS_TO_KEEP,
+        "past_key_values",
+    )
 
     def __init__(self, task: str, normalized_config: NormalizedTextConfigWithGQA, **_: Any) -> None:
         self.task = task
@@ -235,11 +263,13 @@ class DecoderInputs(DummyInputGenerator):  # type: ignore[misc]  # optimum carri
             return self.constant_tensor((self.batch, self.past + self.new), framework=framework, dtype=torch.int64)
         if input_name == "position_ids":
             return self.random_int_tensor((self.batch, self.new), self.past, framework=framework, dtype=int_dtype)
+        if input_name == NUM_LOGITS_TO_KEEP:
+            return self.constant_tensor([], value=0, framework=framework, dtype=torch.int64)
         return self.random_float_tensor(self.cache, framework=framework, dtype=float_dtype)
 
 
 class PortableDecoder(TracedGraph):
-    """inputs_embeds, attention_mask, position_ids, past_key_values.* -> logits [B, T, V], present.*
+    """inputs_embeds, attention_mask, position_ids, num_logits_to_keep, past_key_values.* -> logits, present.*
 
     Right for an empty cache, for a prompt in pieces, and for a batch with padding on either side.
     """

@@ -4,8 +4,9 @@ Shapes in names: C channels, H height, W width, P pictures, N visual tokens, D h
 S past + new tokens, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, takewhile
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,24 +14,32 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from .bundle import DECODER, EMBED_TOKENS, FUSED, GRAPHS, VISION_ENCODER, Bundle
+from .graphs import ExportError
+from .json_fields import Reader
 from .pixels import to_pixels
 from .precisions import Bounds
 from .prompt import expand_image_token, render_chat
-from .verification import MAX_PAST, Array, GraphRunner, Greedy, ScoreError, TokensError, ValuesError, VerificationError
+from .questions import FIRST, MORE, further_question
+from .verification import (
+    MAX_PAST,
+    REMEMBERED,
+    Array,
+    GraphRunner,
+    Greedy,
+    ScoreError,
+    TokensError,
+    ValuesError,
+    VerificationError,
+)
 
 MAX_NEW_TOKENS = 16
 MAX_ROWS = 64  # places of a prompt at which logits are compared: all of them would be half a gigabyte a picture
 SLACK = 1.5  # another processor rounds otherwise
-# Pictures per prompt and its words: a text alone, short and long questions, two pictures.
-QUESTIONS = (
-    (1, "What is in the picture?"),
-    (1, "Describe everything that you can see, from left to right, and then say how many things there are."),
-    (0, "Hello!"),
-    (2, "Which of the two pictures is brighter?"),
-    (1, "Is it red?"),
-    (1, "Read the text."),
-)
-MORE_QUESTIONS = ((3, "How many of them are drawn?"), (4, "Put the four in order."))  # for a full verification
+LOST = 0.1  # of equal answers, for the same reason
+PAIRS = 200  # of pictures and questions whose greedy answers are compared
+_LIKELY = 64  # tokens of an answer's place whose logits are kept: those of all would be gigabytes in 200 answers
+
+PairsDone = Callable[[int, int], None]  # how many pairs, and of how many
 
 
 class Model(Protocol):
@@ -45,45 +54,92 @@ class Model(Protocol):
     def logits(self, embeds_1TD: Array, rows_R: Array) -> Array:
         """logits_RV at some places of a whole prompt."""
 
+    def encode_ahead(self, pictures: Iterable[Array]) -> None:
+        """Encode the pictures of up to REMEMBERED prompts that come next, where it saves opening graphs in turns."""
+
     def greedy(self, ids: Sequence[int], pixels_PCHW: Array | None, max_new_tokens: int) -> Greedy:
         """The most likely answer, token by token."""
 
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """A prompt ready for the model; `places_T` is true at image tokens."""
+    """A prompt ready for the model; `places_T` is true at image tokens. Those to compare `closely` come first."""
 
     ids: list[int]
     pixels_PCHW: Array | None
     places_T: Array
+    closely: bool = True
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What a reference says to one prompt; with it the reference itself is no longer needed."""
+class Answer:
+    """A reference's greedy answer, and its logits of the likeliest tokens at every place of it."""
+
+    tokens: list[int]
+    likely_TK: Array
+    logits_TK: Array
+
+    @classmethod
+    def of(cls, greedy: Greedy) -> "Answer":
+        """The answer without the logits of what is unlikely."""
+        kept = min(_LIKELY, greedy.logits_TV.shape[1])
+        likely_TK = np.argpartition(greedy.logits_TV, -kept, axis=1)[:, -kept:]
+        return cls(greedy.tokens, likely_TK, np.take_along_axis(greedy.logits_TV, likely_TK, axis=1))
+
+    def margin(self, place: int, token: int) -> float:
+        """By how much the reference prefers its own token to this one; at least by so much, where it is unlikely."""
+        logits_K = self.logits_TK[place]
+        found = logits_K[self.likely_TK[place] == token]
+        return float(logits_K.max() - (found[0] if found.size else logits_K.min()))
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a reference's parts give for one prompt."""
 
     features_PND: Array | None
     embeds_1TD: Array  # of the ids
     merged_1TD: Array  # with features in the places of image tokens
     rows_R: Array
     logits_RV: Array
-    answer: Greedy
 
 
-def record(reference: Model, prompts: list[SamplePrompt]) -> list[Expected]:
+@dataclass(frozen=True)
+class Expected:
+    """What a reference says to one prompt; with it the reference itself is no longer needed."""
+
+    answer: Answer
+    values: Values | None  # where the prompt is compared closely
+
+
+def record(reference: Model, prompts: Collection[SamplePrompt], pairs_done: PairsDone | None = None) -> list[Expected]:
     """Ask a reference everything that `compare` will compare."""
-    features = [None if prompt.pixels_PCHW is None else reference.encode(prompt.pixels_PCHW) for prompt in prompts]
-    expected = []
-    for prompt, features_PND in zip(prompts, features, strict=True):
-        embeds_1TD = reference.embed(np.array([prompt.ids], dtype=np.int64))
-        merged_1TD = embeds_1TD.copy()
-        if features_PND is not None:
-            merged_1TD[0, prompt.places_T] = features_PND.reshape(-1, merged_1TD.shape[-1])
-        rows_R = np.unique(np.linspace(0, len(prompt.ids) - 1, MAX_ROWS).astype(np.int64))
-        logits_RV = reference.logits(merged_1TD, rows_R)
+    expected: list[Expected] = []
+    for prompt in _in_blocks(reference, prompts):
+        values = _values(reference, prompt) if prompt.closely else None
         answer = reference.greedy(prompt.ids, prompt.pixels_PCHW, MAX_NEW_TOKENS)
-        expected.append(Expected(features_PND, embeds_1TD, merged_1TD, rows_R, logits_RV, answer))
+        expected.append(Expected(Answer.of(answer), values))
+        if pairs_done is not None:
+            pairs_done(len(expected), len(prompts))
     return expected
+
+
+def _values(reference: Model, prompt: SamplePrompt) -> Values:
+    features_PND = None if prompt.pixels_PCHW is None else reference.encode(prompt.pixels_PCHW)
+    embeds_1TD = reference.embed(np.array([prompt.ids], dtype=np.int64))
+    merged_1TD = embeds_1TD.copy()
+    if features_PND is not None:
+        merged_1TD[0, prompt.places_T] = features_PND.reshape(-1, merged_1TD.shape[-1])
+    rows_R = np.unique(np.linspace(0, len(prompt.ids) - 1, MAX_ROWS).astype(np.int64))
+    return Values(features_PND, embeds_1TD, merged_1TD, rows_R, reference.logits(merged_1TD, rows_R))
+
+
+def _in_blocks(model: Model, prompts: Iterable[SamplePrompt]) -> Iterator[SamplePrompt]:
+    """The prompts one by one, the pictures of a block of them encoded before it."""
+    rest = iter(prompts)
+    while block := list(islice(rest, REMEMBERED)):
+        model.encode_ahead(prompt.pixels_PCHW for prompt in block if prompt.pixels_PCHW is not None)
+        yield from block
 
 
 class Difference:
@@ -130,19 +186,64 @@ def sample_prompts(bundle: Bundle, *, full: bool = False) -> list[SamplePrompt]:
     """Prompts of several lengths with pictures, the same every time; `full` adds long ones."""
     tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
     random = np.random.default_rng(0)
-    prompts = [_sample(bundle, tokenizer, pictures, question, random) for pictures, question in QUESTIONS]
+    prompts = [_sample(bundle, tokenizer, pictures, question, random) for pictures, question in FIRST]
     if full:
         room = bundle.model.max_positions - MAX_NEW_TOKENS
-        more = [_sample(bundle, tokenizer, pictures, question, random) for pictures, question in MORE_QUESTIONS]
+        more = [_sample(bundle, tokenizer, pictures, question, random) for pictures, question in MORE]
         prompts += [prompt for prompt in more if len(prompt.ids) <= room]
         length = min(MAX_PAST + 1, room)
         prompts.append(SamplePrompt((prompts[2].ids * length)[:length], None, np.zeros(length, dtype=bool)))
     return prompts
 
 
+def check_pairs(count: int) -> None:
+    """Raise ExportError where so few pairs cannot hold those that are compared closely."""
+    if count < len(FIRST):
+        raise ExportError(f"pairs is {count}; give {len(FIRST)} or more, since so many are always compared")
+
+
+class Pairs(Collection[SamplePrompt]):
+    """`sample_prompts`, and generated pairs of pictures and a question after them: `count` in all, at least the former.
+
+    The latter are made anew, and equal, each time they are asked for: the pixels of all of them are gigabytes.
+    """
+
+    def __init__(self, bundle: Bundle, count: int = PAIRS, *, full: bool = False) -> None:
+        self.first = sample_prompts(bundle, full=full)
+        self.further = max(0, count - len(self.first))
+        self._bundle = bundle
+        self._tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
+
+    def __len__(self) -> int:
+        return len(self.first) + self.further
+
+    def __contains__(self, prompt: object) -> bool:
+        return any(prompt is own for own in self)
+
+    def __iter__(self) -> Iterator[SamplePrompt]:
+        yield from self.first
+        for number in range(self.further):
+            random = np.random.default_rng([1, number])
+            prompt = _sample(self._bundle, self._tokenizer, *further_question(number), random, _varied_picture)
+            yield replace(prompt, closely=False)
+
+
 def _sample(
-    bundle: Bundle, tokenizer: Tokenizer, pictures: int, question: str, random: np.random.Generator
+    bundle: Bundle,
+    tokenizer: Tokenizer,
+    pictures: int,
+    question: str,
+    random: np.random.Generator,
+    make_picture: Callable[[np.random.Generator], Image.Image] | None = None,
 ) -> SamplePrompt:
+    make_picture = make_picture or _picture
+    pixels = [to_pixels(make_picture(random), bundle.preprocessing) for _ in range(pictures)]
+    return make_prompt(bundle, tokenizer, question, np.stack(pixels) if pixels else None)
+
+
+def make_prompt(bundle: Bundle, tokenizer: Tokenizer, question: str, pixels_PCHW: Array | None) -> SamplePrompt:
+    """A question about pictures in the bundle's chat template; raises PromptError and VerificationError."""
+    pictures = 0 if pixels_PCHW is None else len(pixels_PCHW)
     content: list[dict[str, str]] = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
     text = render_chat(
         bundle.chat_template,
@@ -158,9 +259,7 @@ def _sample(
             f"the chat template and tokenizer make {ids.count(bundle.model.image_token_id)} image tokens for "
             f"{pictures} pictures, expected {expected}; check {bundle.model.image_token!r} in both"
         )
-    places_T = np.array(ids) == bundle.model.image_token_id
-    pixels = [to_pixels(_picture(random), bundle.preprocessing) for _ in range(pictures)]
-    return SamplePrompt(ids, np.stack(pixels) if pixels else None, places_T)
+    return SamplePrompt(ids, pixels_PCHW, np.array(ids) == bundle.model.image_token_id)
 
 
 def _picture(random: np.random.Generator) -> Image.Image:
@@ -170,23 +269,43 @@ def _picture(random: np.random.Generator) -> Image.Image:
     return Image.fromarray(np.clip(blocks + noise, 0, 255).astype(np.uint8))
 
 
+def _varied_picture(random: np.random.Generator) -> Image.Image:
+    """The same in other layouts, sizes, ranges of colour (down to nearly grey) and strengths of noise."""
+    rows, columns, side, noise = random.integers((1, 1, 8, 1), (10, 10, 49, 41))
+    lowest, highest = np.sort(random.integers(0, 256, 2))
+    tint_3 = random.uniform(0.2, 1.0, 3)
+    blocks = random.integers(lowest, highest + 1, (rows, columns, 3)).repeat(side, axis=0).repeat(side, axis=1)
+    noisy = blocks * tint_3 + random.integers(-noise, noise + 1, blocks.shape)
+    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
+
+
 def compare(
-    runner: GraphRunner, prompts: list[SamplePrompt], expected: list[Expected], bounds: Bounds
+    runner: GraphRunner,
+    prompts: Collection[SamplePrompt],
+    expected: Sequence[Expected],
+    bounds: Bounds,
+    pairs_done: PairsDone | None = None,
 ) -> dict[str, Any]:
     """Measure every graph against what a reference said; raises ValuesError or TokensError beyond the bounds.
 
     Returns the numbers for the manifest.
     """
     vision, embeddings, logits = Difference(), Difference(), Difference()
-    for prompt, want in zip(prompts, expected, strict=True):
+    close = [
+        (prompt, want.values)
+        for prompt, want in zip(takewhile(lambda prompt: prompt.closely, prompts), expected, strict=False)
+        if want.values is not None
+    ]
+    for prompt, want in close:
         if prompt.pixels_PCHW is not None and want.features_PND is not None:
             vision.add(runner.encode(prompt.pixels_PCHW), want.features_PND)
-    for prompt, want in zip(prompts, expected, strict=True):
+    for prompt, want in close:
         embeddings.add(runner.embed(np.array([prompt.ids], dtype=np.int64)), want.embeds_1TD)
         _compare_decoder(runner, want, logits)
-    _compare_padded(runner, expected[:3:2], logits)  # a picture and a text
-    if len(expected) > len(QUESTIONS):
-        _compare_padded(runner, expected[2:6], logits)
+    wanted = [want for _, want in close]
+    _compare_padded(runner, wanted[:3:2], logits)  # a picture and a text
+    if len(wanted) > len(FIRST):
+        _compare_padded(runner, wanted[2:6], logits)
     tie = 2 * bounds.logits_max * max(1.0, logits.expected_rms)
     files = {name: runner.bundle.graph(name).file for name in GRAPHS}
     vision.check(files[VISION_ENCODER], bounds.vision_max, bounds.relative_rms)
@@ -196,11 +315,11 @@ def compare(
         "image_features": vision.record(),
         "inputs_embeds": embeddings.record(),
         "logits": logits.record(),
-        "greedy": _compare_answers(runner, prompts, expected, bounds, tie),
+        "greedy": _compare_answers(runner, prompts, expected, bounds, tie, pairs_done),
     }
 
 
-def _compare_decoder(runner: GraphRunner, want: Expected, difference: Difference) -> None:
+def _compare_decoder(runner: GraphRunner, want: Values, difference: Difference) -> None:
     """A prompt in one go, and in three pieces with a cache."""
     difference.add(runner.logits(want.merged_1TD, want.rows_R), want.logits_RV)
     cache, length = runner.empty_cache(), want.merged_1TD.shape[1]
@@ -210,7 +329,7 @@ def _compare_decoder(runner: GraphRunner, want: Expected, difference: Difference
         difference.add(logits_1TV[0, want.rows_R[inside] - start], want.logits_RV[inside])
 
 
-def _compare_padded(runner: GraphRunner, wants: list[Expected], difference: Difference) -> None:
+def _compare_padded(runner: GraphRunner, wants: list[Values], difference: Difference) -> None:
     """Prompts as a batch with padding on the left, or on the right where the decoder is fused.
 
     The last token of each goes in alone, so padding lies in the cache too.
@@ -230,8 +349,18 @@ def _compare_padded(runner: GraphRunner, wants: list[Expected], difference: Diff
         difference.add(last_BTV[row], want.logits_RV[-1:])
 
 
+def recorded_pairs(recorded: Mapping[str, Any]) -> int:
+    """On how many pairs the precisions of a manifest's `verification` answered; PAIRS where it does not say."""
+    greedy = [record.get("greedy") for record in recorded.values() if isinstance(record, dict)]
+    counts = [score.get("prompts") for score in greedy if isinstance(score, dict)]
+    return max((count for count in counts if isinstance(count, int)), default=PAIRS)
+
+
 def check_scores(precision: str, found: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
-    """Raise ScoreError where a precision does worse than the record of its export, by more than machines differ."""
+    """Raise ScoreError where a precision does worse than the record of its export, by more than machines differ.
+
+    Equal answers are compared where both times the same pairs were asked.
+    """
     for name in ("image_features", "inputs_embeds", "logits"):
         score = recorded.get(name, {}).get("relative_rms")
         if not isinstance(score, float):
@@ -241,29 +370,43 @@ def check_scores(precision: str, found: Mapping[str, Any], recorded: Mapping[str
                 f"{precision}: {name} are off by {found[name]['relative_rms']:.2e}, at export it was {score:.2e}; this "
                 "machine computes the graph otherwise, or it was altered"
             )
+    score = Reader(recorded, f"verification of {precision}").object("greedy")
+    equal, prompts = found["greedy"]["equal"], found["greedy"]["prompts"]
+    if prompts == score.count("prompts") and equal < score.count("equal") - LOST * prompts - 1:
+        raise ScoreError(
+            f"{precision}: {equal} of {prompts} greedy answers are equal, at export it was {score.count('equal')}; "
+            "this machine computes the graph otherwise, or it was altered"
+        )
 
 
 def _compare_answers(
-    runner: GraphRunner, prompts: list[SamplePrompt], wants: list[Expected], bounds: Bounds, tie: float
+    runner: GraphRunner,
+    prompts: Collection[SamplePrompt],
+    wants: Sequence[Expected],
+    bounds: Bounds,
+    tie: float,
+    pairs_done: PairsDone | None,
 ) -> dict[str, float | int | None]:
     """Greedy answers from pictures and ids alone: how many are equal, and where the others part.
 
     Where both tokens are likely within `tie` of each other no precision can decide, and nothing is refused.
     """
     equal, divergences = 0, []
-    for prompt, expected in zip(prompts, (want.answer for want in wants), strict=True):
-        got = runner.greedy(prompt.ids, prompt.pixels_PCHW, MAX_NEW_TOKENS)
-        if got.tokens == expected.tokens:
+    for number, (prompt, want) in enumerate(zip(_in_blocks(runner, prompts), wants, strict=True), 1):
+        got, expected = runner.greedy(prompt.ids, prompt.pixels_PCHW, MAX_NEW_TOKENS).tokens, want.answer
+        if pairs_done is not None:
+            pairs_done(number, len(prompts))
+        if got == expected.tokens:
             equal += 1
             continue
-        first = next(i for i, (a, b) in enumerate(zip(got.tokens, expected.tokens, strict=False)) if a != b)
+        first = next(i for i, (a, b) in enumerate(zip(got, expected.tokens, strict=False)) if a != b)
         divergences.append(first)
-        row_V = expected.logits_TV[first]
-        margin = float(row_V[expected.tokens[first]] - row_V[got.tokens[first]])
+        margin = expected.margin(first, got[first])
         if bounds.same_tokens and margin > tie:
             raise TokensError(
-                f"{runner.bundle.precision}: greedy answers part at token {first}: {got.tokens[first]} in place of "
-                f"{expected.tokens[first]}, which the reference prefers by {margin:.2e} (a tie is {tie:.2e})"
+                f"{runner.bundle.precision}: greedy answers to pair {number} of {len(prompts)} part at token {first}: "
+                f"{got[first]} in place of {expected.tokens[first]}, which the reference prefers by {margin:.2e} (a "
+                f"tie is {tie:.2e})"
             )
     return {
         "prompts": len(prompts),

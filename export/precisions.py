@@ -1,14 +1,21 @@
-"""The table of precisions: how each is made from the float32 graphs, and how far it may be from the model."""
+"""The table of precisions: how each is made from the float32 graphs, and how far it may be from the model.
 
-from collections.abc import Callable
+A mix has a method for each part of the model, and is a precision too.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from onnxruntime.quantization import QuantType
 
+from .activations import Activations
 from .bundle import EMBED_TOKENS
+from .gptq import gptq
 from .graphs import ExportError
 from .half import halve
 from .onnx_graph import OnnxGraph
+from .parts import EMBEDDINGS, PARTS, part_of
+from .smoothing import smooth
 from .weight_only import Tool, blocks_of_4_bits, dynamic, normal_floats, quantize
 
 
@@ -98,11 +105,79 @@ PRECISIONS = {
 }
 
 
+# A mix goes by the suffix that browsers load by default, as `q8` does: a bundle holds one of the two.
+MIXED, AUTO, Q8 = "mixed", "auto", "q8"
+_MIX = Precision(MIXED, "_quantized", _unchanged, _within(0.6), "each part of the model in a method of its own:")
+_TOOLS = {
+    "int8": dynamic(QuantType.QInt8),
+    "int8_smooth": dynamic(QuantType.QInt8),
+    "q4": blocks_of_4_bits(symmetric=False),
+}
+CALIBRATED = frozenset(["int8_smooth", "q4_gptq"])
+METHODS = ("fp32", "int8", "int8_smooth", "q4", "q4_gptq")
+TABLE_METHODS = ("fp32", "int8", "q4")  # of embeddings: a row is looked up, and no activation is multiplied with it
+
+
+def precision_of(name: str) -> Precision:
+    """A precision, or a mix, as a bundle names it; raises ExportError for one that is unknown."""
+    if name == MIXED:
+        return _MIX
+    if name not in PRECISIONS:
+        raise ExportError(f"precision {name!r} is unknown; choose from {', '.join(PRECISIONS)}, {MIXED}, {AUTO}")
+    return PRECISIONS[name]
+
+
+def change_parts(graph: OnnxGraph, methods: Mapping[str, str], activations: Activations) -> None:
+    """Bring every part of a float32 graph into its method; `activations` of its tensors are needed by CALIBRATED."""
+    for method in dict.fromkeys(methods.values()):
+        names = {node.name for node in graph.proto.graph.node if methods.get(part_of(node) or "") == method}
+        if method == "int8_smooth":
+            names -= smooth(graph, activations, names)  # some matrices' products would be too far off
+        tool = gptq(activations) if method == "q4_gptq" else _TOOLS.get(method)
+        if tool is not None:
+            quantize(graph, "Gather" if EMBEDDINGS in methods else "MatMul", tool, names)
+
+
+def dtype_of(precision: str) -> str:
+    """What transformers.js is asked for to load a precision."""
+    return Q8 if precision == MIXED else precision
+
+
 def choose_precisions(names: tuple[str, ...] | list[str]) -> list[Precision]:
-    """Look precisions up by name, each once, in the order given; raises ExportError for an unknown one."""
+    """Look precisions up by name, each once, in the order given; `auto` is a mix that is yet to be found.
+
+    Raises ExportError for an unknown one, and for two that go by one name.
+    """
     if not names:
-        raise ExportError(f"no precision given; choose from {', '.join(PRECISIONS)}")
-    for name in names:
-        if name not in PRECISIONS:
-            raise ExportError(f"precision {name!r} is unknown; choose from {', '.join(PRECISIONS)}")
-    return [PRECISIONS[name] for name in dict.fromkeys(names)]
+        raise ExportError(f"no precision given; choose from {', '.join(PRECISIONS)}, {MIXED}, {AUTO}")
+    if MIXED in names and AUTO in names:
+        raise ExportError(f"{MIXED} and {AUTO} are one precision; name the mix yourself, or let it be found")
+    if Q8 in names and (MIXED in names or AUTO in names):
+        other = MIXED if MIXED in names else AUTO
+        raise ExportError(f"{Q8} and {other} go by the same file names (_quantized); leave one of them out")
+    return [precision_of(MIXED if name == AUTO else name) for name in dict.fromkeys(names)]
+
+
+def parse_parts(text: str) -> dict[str, str]:
+    """Read `decoder=q4,lm_head=int8`: the method of each part, fp32 where none is named; raises ExportError."""
+    mix = {}
+    for item in text.split(","):
+        part, _, method = (word.strip() for word in item.partition("="))
+        if part not in PARTS:
+            raise ExportError(f"--parts: part {part!r} is unknown; write PART=METHOD with one of {', '.join(PARTS)}")
+        if part in mix:
+            raise ExportError(f"--parts: {part} is named twice; give it one method")
+        if method not in methods_of(part):
+            raise ExportError(f"--parts: {part} cannot be {method!r}; choose from {', '.join(methods_of(part))}")
+        mix[part] = method
+    return {part: mix.get(part, METHODS[0]) for part in PARTS}
+
+
+def methods_of(part: str) -> tuple[str, ...]:
+    """The methods that a part can have, float32 first."""
+    return TABLE_METHODS if part == EMBEDDINGS else METHODS
+
+
+def format_parts(parts: Mapping[str, str]) -> str:
+    """A mix as `parse_parts` reads it."""
+    return ",".join(f"{part}={method}" for part, method in parts.items())

@@ -4,7 +4,7 @@ Shapes in names: C channels, H height, W width, P pictures, N visual tokens, D h
 V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from transformers import LlavaForConditionalGeneration
@@ -24,6 +24,9 @@ class TorchReference:
         """Pictures to features_PND."""
         features = self.model.get_image_features(torch.from_numpy(pixels_PCHW)).pooler_output
         return torch.stack(list(features)).numpy()
+
+    def encode_ahead(self, pictures: Iterable[Array]) -> None:
+        """Nothing: all parts of the model are in memory at once."""
 
     @torch.no_grad()
     def embed(self, ids_BT: Array) -> Array:
@@ -47,7 +50,9 @@ class TorchReference:
         pixels = None if pixels_PCHW is None else torch.from_numpy(pixels_PCHW)
         cache = None
         while True:
-            output = self.model(input_ids=ids_1T, pixel_values=pixels, past_key_values=cache, use_cache=True)
+            output = self.model(
+                input_ids=ids_1T, pixel_values=pixels, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
             rows.append(output.logits[0, -1])
             tokens.append(int(rows[-1].argmax()))
             if tokens[-1] in self.eos_token_ids or len(tokens) == max_new_tokens:

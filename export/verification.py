@@ -1,22 +1,40 @@
 """Runs a bundle's graphs with onnxruntime: do they load, carry the promised names, axes and shapes, and hold together?
 
 Shapes in names: B batch, C channels, H height, W width, P pictures, N visual tokens, D hidden size, T new tokens,
-R some of them, V vocabulary.
+R some of them (the last ones, where logits are asked for), V vocabulary.
 """
 
-from collections.abc import Sequence
+import hashlib
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from .bundle import DECODER, EMBED_TOKENS, FUSED, PORTABLE, VISION_ENCODER, Bundle, GraphFile, ModelFacts, TensorSpec
+from .bundle import (
+    DECODER,
+    EMBED_TOKENS,
+    FUSED,
+    NUM_LOGITS_TO_KEEP,
+    PORTABLE,
+    VISION_ENCODER,
+    Bundle,
+    GraphFile,
+    ModelFacts,
+    TensorSpec,
+    Variant,
+)
 
 MAX_PROMPT = 2048  # tokens that go in at once
 MAX_PAST = 4096  # positions before them
+REMEMBERED = 32  # prompts whose pictures' features are kept: megabytes each
+_SHORT = 64  # new tokens
+_ROUNDING = 0.2  # relative; another token's logits are off by their whole size
 
 Array = npt.NDArray[Any]
 Cache = list[Array]  # key and value of every layer, as CacheShape.past_names orders them
@@ -77,12 +95,23 @@ class Greedy:
 
 
 class GraphRunner:
-    """The three graphs of a bundle in one precision, each result checked against the manifest's promise."""
+    """The three graphs of a bundle in one precision, each result checked against the manifest's promise.
 
-    def __init__(self, bundle: Bundle) -> None:
+    With `prefill`, the same bundle in another precision, that one's decoder reads whatever is more than a token.
+    """
+
+    def __init__(self, bundle: Bundle, prefill: Bundle | None = None) -> None:
         self.bundle = bundle
-        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self._prefill = prefill or bundle
+        self._sessions: dict[tuple[str, str], onnxruntime.InferenceSession] = {}
         self._features: dict[bytes, Array] = {}
+        self.seconds = 0.0  # that the last run took, without the checks of what came out
+
+    @classmethod
+    def open(cls, path: Path, variant: Variant) -> Self:
+        """Open one of `Manifest.variants` of a bundle folder; raises BundleError."""
+        bundle = Bundle.open(path, variant.precision).in_form(variant.form)
+        return cls(bundle, None if variant.prefill is None else bundle.prefill())
 
     @property
     def form(self) -> str:
@@ -91,32 +120,45 @@ class GraphRunner:
 
     def run(self, name: str, inputs: Sequence[Array]) -> list[Array]:
         """Run one graph on inputs in its own order; raises GraphRunError, NamesError, AxesError and ShapeError."""
-        graph = self.bundle.graph(name)
+        return self._run(self.bundle.graph(name), inputs)
+
+    def _run(self, graph: GraphFile, inputs: Sequence[Array]) -> list[Array]:
         feeds = {spec.name: array for spec, array in zip(graph.inputs, inputs, strict=True)}
-        session = self._session(name, graph)
+        session = self._session(graph)
+        start = time.perf_counter()
         try:
             outputs = session.run([spec.name for spec in graph.outputs], feeds)
         except _ORT_ERRORS as error:
             raise GraphRunError(f"{graph.file}: fails at {_shapes(feeds)}: {_one_line(error)}") from error
+        self.seconds = time.perf_counter() - start
         results = [np.asarray(output) for output in outputs]
         _check_shapes(graph, list(inputs), results)
         return results
 
-    def _session(self, name: str, graph: GraphFile) -> onnxruntime.InferenceSession:
+    def _session(self, graph: GraphFile) -> onnxruntime.InferenceSession:
         """Open a graph at its first use, and close the decoder for the encoder and the other way: both are large."""
-        if name not in self._sessions:
-            for other in {VISION_ENCODER: (DECODER,), DECODER: (VISION_ENCODER,)}.get(name, ()):
-                self._sessions.pop(other, None)
-            self._sessions[name] = _open_session(self.bundle, graph)
-            _check_interface(self._sessions[name], graph)
-        return self._sessions[name]
+        key = graph.name, graph.file
+        if key not in self._sessions:
+            apart = {VISION_ENCODER: DECODER, DECODER: VISION_ENCODER}.get(graph.name)
+            for other in [other for other in self._sessions if other[0] == apart]:
+                del self._sessions[other]
+            self._sessions[key] = _open_session(self.bundle, graph)
+            _check_interface(self._sessions[key], graph)
+        return self._sessions[key]
 
     def encode(self, pixels_PCHW: Array) -> Array:
-        """Pictures to features_PND, remembered: a prompt's pictures are asked for again and again."""
-        key = pixels_PCHW.tobytes()
+        """Pictures to features_PND, of late ones remembered: a prompt's pictures are asked for again and again."""
+        key = hashlib.sha256(pixels_PCHW.tobytes()).digest()
         if key not in self._features:
+            if len(self._features) == REMEMBERED:
+                del self._features[next(iter(self._features))]
             self._features[key] = self.run(VISION_ENCODER, [pixels_PCHW])[0]
         return self._features[key]
+
+    def encode_ahead(self, pictures: Iterable[Array]) -> None:
+        """Encode and remember the pictures of up to REMEMBERED prompts, before the decoder takes the encoder's room."""
+        for pixels_PCHW in pictures:
+            self.encode(pixels_PCHW)
 
     def embed(self, ids_BT: Array) -> Array:
         """Token ids to embeds_BTD."""
@@ -128,8 +170,13 @@ class GraphRunner:
         shape = (batch, cache.kv_heads, 0, cache.head_dim)
         return [np.zeros(shape, dtype=self.bundle.cache_dtype) for _ in cache.past_names()]
 
-    def decode(self, embeds_BTD: Array, cache: Cache, mask_BS: Array | None = None) -> tuple[Array, Cache]:
-        """New tokens after a cache: logits_BTV and the grown cache; `mask_BS` is zero at padding."""
+    def decode(
+        self, embeds_BTD: Array, cache: Cache, mask_BS: Array | None = None, *, keep: int = 0
+    ) -> tuple[Array, Cache]:
+        """New tokens after a cache: logits of the last `keep` of them (0: logits_BTV of all) and the grown cache.
+
+        `mask_BS` is zero at padding. Raises ShapeError for another number of rows, and what `run` raises.
+        """
         batch, new = embeds_BTD.shape[:2]
         total = cache[0].shape[2] + new
         if mask_BS is None:
@@ -137,8 +184,15 @@ class GraphRunner:
         arrays = [embeds_BTD, mask_BS]
         if self.form == PORTABLE:  # the fused decoder counts by itself
             arrays.append(np.maximum(np.cumsum(mask_BS, axis=1) - 1, 0)[:, total - new :])
-        logits_BTV, *grown = self.run(DECODER, [*arrays, *cache])
-        return logits_BTV, grown
+        arrays.append(np.array(keep, dtype=np.int64))
+        graph = (self.bundle if new == 1 else self._prefill).graph(DECODER)
+        logits_BRV, *grown = self._run(graph, [*arrays, *cache])
+        if logits_BRV.shape[1] != (rows := min(keep or new, new)):
+            raise ShapeError(
+                f"{graph.file}: logits has {logits_BRV.shape[1]} rows for {NUM_LOGITS_TO_KEEP} "
+                f"{keep} and {new} new tokens, expected {rows}"
+            )
+        return logits_BRV, grown
 
     def logits(self, embeds_1TD: Array, rows_R: Array) -> Array:
         """logits_RV at some places of a whole prompt, of which 2,048 tokens are read at a time."""
@@ -163,8 +217,8 @@ class GraphRunner:
         tokens: list[int] = []
         rows: list[Array] = []
         while True:
-            logits_1TV, cache = self.decode(embeds_1TD, cache)
-            rows.append(logits_1TV[0, -1])
+            logits_11V, cache = self.decode(embeds_1TD, cache, keep=1)
+            rows.append(logits_11V[0, 0])
             tokens.append(int(rows[-1].argmax()))
             if tokens[-1] in self.bundle.model.eos_token_ids or len(tokens) == max_new_tokens:
                 return Greedy(tokens, np.stack(rows))
@@ -189,9 +243,28 @@ def exercise(runner: GraphRunner, *, full: bool = False) -> int:
         cache = runner.empty_cache(batch)
         for new in lengths:
             embeds_BTD = runner.embed(random.integers(0, model.vocab_size, (batch, new)))
-            _, cache = runner.decode(embeds_BTD, cache)
+            logits_BTV, grown = runner.decode(embeds_BTD, cache)
+            if 1 < new <= _SHORT:  # longer ones would take their time again and show nothing else
+                _check_last_rows(runner, embeds_BTD, cache, logits_BTV)
+            cache = grown
             runs += 2
     return runs
+
+
+def _check_last_rows(runner: GraphRunner, embeds_BTD: Array, cache: Cache, logits_BTV: Array) -> None:
+    """Raise ValuesError where the last one and two rows of logits are others than among all rows.
+
+    Activations of 8 bit have one scale over all rows, so that fewer rows are rounded otherwise.
+    """
+    for keep in (1, 2):
+        expected_BRV = logits_BTV[:, -keep:]
+        logits_BRV, _ = runner.decode(embeds_BTD, cache, keep=keep)
+        off = float(np.linalg.norm(logits_BRV - expected_BRV) / np.linalg.norm(expected_BRV))
+        if off > _ROUNDING:
+            raise ValuesError(
+                f"{runner.bundle.graph(DECODER).file}: logits with {NUM_LOGITS_TO_KEEP} {keep} are {off:.2e} off the "
+                f"last of all, allowed {_ROUNDING}; they are of other tokens"
+            )
 
 
 def _shapes_to_run(model: ModelFacts, full: bool) -> list[tuple[int, tuple[int, ...]]]:
@@ -216,6 +289,8 @@ def _open_session(bundle: Bundle, graph: GraphFile) -> onnxruntime.InferenceSess
     options = onnxruntime.SessionOptions()
     # Threads that wait by spinning take the processor from whatever trains beside a verification.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # The arena grows in powers of two and gives nothing back: 1.6 GB of a decoder of 2 GB.
+    options.enable_cpu_mem_arena = False
     options.log_severity_level = 3  # errors reach us as exceptions; warnings would go to the terminal
     try:
         return onnxruntime.InferenceSession(bundle.path / graph.file, options, providers=["CPUExecutionProvider"])

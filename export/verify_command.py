@@ -1,14 +1,18 @@
 """`switchkd verify BUNDLE`: check a bundle's files and run its graphs, against its checkpoint if that is given."""
 
 import argparse
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from .bundle import Bundle, BundleError, Manifest
+from .bundle import PORTABLE, Bundle, BundleError, Manifest
 from .checkpoint import Checkpoint, open_checkpoint
 from .graphs import ExportError
-from .parity import Expected, SamplePrompt, check_scores, compare, record, sample_prompts
-from .precisions import PRECISIONS
+from .mobile import check_mobile
+from .ort_files import check_ort_files, has_ort_files
+from .parity import Expected, Pairs, check_pairs, check_scores, compare, record, recorded_pairs
+from .precisions import MIXED, PRECISIONS, precision_of
+from .progress import Steps
 from .prompt import PromptError
 from .reference import TorchReference
 from .verification import GraphRunner, VerificationError, exercise
@@ -20,11 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command's arguments."""
     parser.add_argument("bundle", type=Path, help="bundle folder")
     parser.add_argument("--checkpoint", type=Path, help="compare with this checkpoint in PyTorch, not with fp32 graphs")
+    parser.add_argument(
+        "--mobile", action="store_true", help="say what onnxruntime's mobile usability checker says of each graph"
+    )
     add_full(parser)
 
 
 def add_full(parser: argparse.ArgumentParser) -> None:
     """Describe the choice between minutes and seconds."""
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        help="pictures and questions whose greedy answers are compared (default: 200 at export, and what a bundle "
+        "records when it is verified)",
+    )
     parser.add_argument(
         "--full",
         action="store_true",
@@ -42,44 +55,75 @@ def _check_same_model(manifest: Manifest, source: Checkpoint) -> None:
             )
 
 
-def verify_bundle(path: Path, checkpoint: Path | None, *, full: bool) -> None:
-    """Check hashes, names, axes and shapes, run every graph, compare, and print one line per precision."""
+def verify_bundle(
+    path: Path, checkpoint: Path | None, *, full: bool, pairs: int | None = None, mobile: bool = False
+) -> None:
+    """Check hashes, names, axes and shapes, run every graph, compare, and print one line per precision.
+
+    By default on as many pairs as the bundle records.
+    """
     bundle = Bundle.open(path, check_hashes=True)  # of every file, whatever its precision
     manifest = bundle.manifest
     for precision in manifest.precisions:
-        if precision not in PRECISIONS:
+        if precision not in (*PRECISIONS, MIXED):
             raise BundleError(f"{path}: precision {precision!r} is unknown to this switchkd; update it")
-    prompts = sample_prompts(bundle, full=full)
-    expected, compared_with = _expected(bundle, prompts, checkpoint)
-    for variant, (precision, form) in manifest.variants().items():
-        runner = GraphRunner(Bundle.open(path, precision).in_form(form))
-        line = f"{variant}: {exercise(runner, full=full)} runs in order"
-        if expected is not None:
-            found = compare(runner, prompts, expected, PRECISIONS[precision].bounds)
-            if not full:  # other prompts, other scores
-                check_scores(variant, found, manifest.verification.get(variant, {}))
-            line += (
-                f"; against {compared_with}: logits off by {found['logits']['relative_rms']:.1e}, "
-                f"{found['greedy']['equal']} of {found['greedy']['prompts']} greedy answers equal"
-            )
+    pairs = recorded_pairs(manifest.verification) if pairs is None else pairs
+    check_pairs(pairs)
+    if mobile:
+        _say_mobile(path, manifest)
+    prompts = Pairs(bundle, pairs, full=full)
+    steps = Steps(1 + len(manifest.variants()), show_progress)
+    with steps.step("ask the reference"):
+        expected, compared_with = _expected(bundle, prompts, checkpoint, steps)
+    for variant, run in manifest.variants().items():
+        with steps.step(f"verify {variant}"):
+            runner = GraphRunner.open(path, run)
+            line = f"{variant}: {exercise(runner, full=full)} runs in order"
+            if expected is not None:
+                found = compare(runner, prompts, expected, precision_of(run.precision).bounds, steps.pairs_done)
+                if not full:  # other prompts, other scores
+                    check_scores(variant, found, manifest.verification.get(variant, {}))
+                line += (
+                    f"; against {compared_with}: logits off by {found['logits']['relative_rms']:.1e}, "
+                    f"{found['greedy']['equal']} of {found['greedy']['prompts']} greedy answers equal"
+                )
+            if has_ort_files(manifest) and run.prefill is None:  # the one that reads for it is checked too
+                check_ort_files(path, run, prompts.first[:3])
+                line += "; .ort files give the same"
         print(line)
     print(f"{path}: verified")
 
 
+def _say_mobile(path: Path, manifest: Manifest) -> None:
+    """Print the checker's verdicts on the graphs of plain operators; it knows no others."""
+    for graph in manifest.graphs:
+        if graph.form == PORTABLE:
+            accelerated, verdicts = check_mobile(path / graph.file)
+            print(f"{graph.file}: " + ("an accelerator may help" if accelerated else "best on the CPU"))
+            print(*(f"    {verdict}" for verdict in verdicts), sep="\n")
+
+
 def _expected(
-    bundle: Bundle, prompts: list[SamplePrompt], checkpoint: Path | None
+    bundle: Bundle, prompts: Pairs, checkpoint: Path | None, steps: Steps
 ) -> tuple[list[Expected] | None, str]:
     """What the checkpoint, or else the bundle's own float32 graphs, say; None where there is neither."""
     if checkpoint is not None:
         source = open_checkpoint(checkpoint)
         _check_same_model(bundle.manifest, source)
-        return record(TorchReference(source.model, bundle.model.eos_token_ids), prompts), str(checkpoint)
+        reference = TorchReference(source.model, bundle.model.eos_token_ids)
+        return record(reference, prompts, steps.pairs_done), str(checkpoint)
     if "fp32" in bundle.manifest.precisions:
-        return record(GraphRunner(Bundle.open(bundle.path, "fp32")), prompts), "its own fp32 graphs"
+        return record(GraphRunner(Bundle.open(bundle.path, "fp32")), prompts, steps.pairs_done), "its own fp32 graphs"
     return None, ""
+
+
+def show_progress(step: str, done: int, total: int) -> None:
+    """Write how far a command is over the line before, where somebody looks at a terminal."""
+    if sys.stderr.isatty():
+        print(f"\033[K[{done + 1}/{total}] {step}", end="\r", file=sys.stderr, flush=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Verify, and say so."""
-    verify_bundle(args.bundle, args.checkpoint, full=args.full)
+    verify_bundle(args.bundle, args.checkpoint, full=args.full, pairs=args.pairs, mobile=args.mobile)
     return 0

@@ -1,12 +1,13 @@
 """A question or a chat with pictures, checked and turned into the token ids that the model reads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from switchkd.export.bundle import Bundle, BundleError
-from switchkd.export.prompt import expand_image_token, render_chat
+from switchkd.export.prompt import PromptError, expand_image_token, render_chat
 
 Message = Mapping[str, Any]
 
@@ -58,6 +59,29 @@ def _check_message(message: Message, where: str) -> int:
     return pictures
 
 
+@lru_cache(maxsize=16)
+def _loses_strings(template: str, special_tokens: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a template leaves out content that is a plain string, and takes the same as parts.
+
+    LLaVA-1.5's own does: it goes through the content's parts, and finds none among a string's characters.
+    """
+    words = {"user": "one two three", "assistant": "four five six"}
+
+    def renders(content: Callable[[str], Any]) -> bool:
+        messages = [{"role": role, "content": content(text)} for role, text in words.items()]
+        try:
+            text = render_chat(template, messages, add_generation_prompt=True, special_tokens=dict(special_tokens))
+        except PromptError:
+            return False
+        return all(each in text for each in words.values())
+
+    return not renders(str) and renders(_as_parts)
+
+
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 class PromptTokens:
     """Renders messages with the bundle's chat template and tokenizer."""
 
@@ -76,13 +100,10 @@ class PromptTokens:
 
         Raises ConversationError where a text itself holds the image token.
         """
-        model = self._bundle.model
-        text = render_chat(
-            self._bundle.chat_template,
-            messages,
-            add_generation_prompt=True,
-            special_tokens=self._bundle.special_tokens,
-        )
+        model, template, special_tokens = self._bundle.model, self._bundle.chat_template, self._bundle.special_tokens
+        if _loses_strings(template, tuple(special_tokens.items())):
+            messages = [{**message, "content": _as_parts(message["content"])} for message in messages]
+        text = render_chat(template, messages, add_generation_prompt=True, special_tokens=special_tokens)
         if text.count(model.image_token) != pictures:
             raise ConversationError(
                 f"the prompt holds {model.image_token} {text.count(model.image_token)} times for {pictures} pictures; "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from switchkd.export.bundle import DECODER, EMBED_TOKENS, FUSED, Bundle
+from switchkd.export.bundle import DECODER, EMBED_TOKENS, FUSED, NUM_LOGITS_TO_KEEP, Bundle
 
 from .graph_session import GraphSession, MissingOperatorError
 from .kv_cache import KVCache
@@ -18,11 +18,17 @@ Floats = npt.NDArray[np.float32]
 
 
 class Decoder:
-    """Token embeddings and decoder of a bundle; holds no conversation, so many can share it."""
+    """Token embeddings and decoder of a bundle; holds no conversation, so many can share it.
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    Where the bundle names another precision for prompts, that one's decoder is in memory too, unless `prefill` is
+    false. Both write the same cache.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None, *, prefill: bool = True) -> None:
         self._embed = GraphSession(bundle, EMBED_TOKENS, threads)
         self._decode = _open_decoder(bundle, threads)
+        other = bundle.prefill() if prefill else None
+        self._prefill = self._decode if other is None else _open_decoder(other, threads)
         self._cache_shape, self._cache_dtype = bundle.model.cache, bundle.cache_dtype
 
     @property
@@ -43,16 +49,17 @@ class Decoder:
     def read(self, embeddings_TD: Floats, cache: KVCache) -> Floats:
         """Read T more positions into the cache and return logits_V of the token after them."""
         past, new = cache.length, len(embeddings_TD)
+        session = self._decode if new == 1 else self._prefill
         arrays: dict[str, npt.NDArray[Any]] = {
             "inputs_embeds": embeddings_TD[None],
             "attention_mask": np.ones((1, past + new)),
             "position_ids": np.arange(past, past + new)[None],
+            NUM_LOGITS_TO_KEEP: np.array(1),
         }
-        feeds = {name: self._decode.value(name, array) for name, array in arrays.items() if self._decode.takes(name)}
-        outputs = self._decode.run({**feeds, **cache.inputs})
+        feeds = {name: session.value(name, array) for name, array in arrays.items() if session.takes(name)}
+        outputs = session.run({**feeds, **cache.inputs})
         cache.advance(outputs, new)
-        # A view of onnxruntime's memory: a long prompt's logits are hundreds of megabytes, of which one row is used.
-        logits_V: Floats = np.from_dlpack(outputs["logits"])[0, -1].astype(np.float32)
+        logits_V: Floats = outputs["logits"].numpy()[0, -1].astype(np.float32)
         return logits_V
 
 

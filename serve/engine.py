@@ -123,23 +123,26 @@ class AnswerStream(Iterator[str]):
 class Engine:
     """A bundle that answers; threads may share it, every answer has its own memory."""
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, *, prefill: bool = True) -> None:
         if threads is not None and threads < 1:
             raise ConversationError(f"threads is {threads}, expected 1 or more")
         self.bundle = bundle
         self.tokenizer = _read_tokenizer(bundle)
         self.encoder = PictureEncoder(bundle, threads)
-        self.decoder = Decoder(bundle, threads)
+        self.decoder = Decoder(bundle, threads, prefill=prefill)
         self._prompt = PromptTokens(bundle, self.tokenizer)
 
     @classmethod
-    def open(cls, path: str | Path, precision: str | None = None, threads: int | None = None) -> Self:
+    def open(
+        cls, path: str | Path, precision: str | None = None, threads: int | None = None, *, prefill: bool = True
+    ) -> Self:
         """Open a bundle folder with `threads` for each graph (None: one a core).
 
         `precision=None` takes the bundle's first: whoever exported it measured them and put the recommended one in
-        front. Raises BundleError.
+        front. `prefill=False` does without the second decoder that reads prompts where the bundle names one: less
+        memory. Raises BundleError.
         """
-        return cls(Bundle.open(path, precision), threads)
+        return cls(Bundle.open(path, precision), threads, prefill=prefill)
 
     def stream(
         self,

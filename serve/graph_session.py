@@ -60,7 +60,7 @@ class GraphSession:
 
     def value(self, name: str, array: npt.NDArray[np.generic]) -> OrtValue:
         """Wrap an array for the input `name`, in the type that the graph wants there."""
-        value: OrtValue = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, dtype=self._dtypes[name]))
+        value: OrtValue = OrtValue.ortvalue_from_numpy(np.asarray(array, dtype=self._dtypes[name], order="C"))
         return value
 
     def run(self, inputs: Mapping[str, OrtValue]) -> dict[str, OrtValue]:

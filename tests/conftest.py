@@ -53,7 +53,7 @@ def tiny_bundle(tiny_checkpoint: Path) -> Iterator[Path]:
 
     with tempfile.TemporaryDirectory(prefix="tiny-bundle-") as folder:
         path = Path(folder) / "bundle"
-        export_checkpoint(tiny_checkpoint, path)
+        export_checkpoint(tiny_checkpoint, path, pairs=6)
         yield path
 
 

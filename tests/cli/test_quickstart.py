@@ -38,7 +38,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_leaves_what_it_says(finished: Path) -> None:
     for name in ("teacher", "student_sft", "student_switch_kd"):
         assert (finished / name / "model.safetensors").is_file()
-    assert (finished / "bundle" / "manifest.json").is_file()
+    assert main(["verify", str(finished / "bundle"), "--pairs", "6"]) == 0  # the examples in it included
+    assert (finished / "bundle" / "examples" / "examples.json").is_file()
     for name in ("report.json", "report.md", "report.png"):
         assert (finished / name).stat().st_size > 0
     assert not [path.name for path in finished.iterdir() if "partial" in path.name or "checkpoints" in path.name]

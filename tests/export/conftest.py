@@ -12,6 +12,9 @@ from transformers.models.clip import CLIPVisionConfig
 
 from switchkd.export.bundle import CacheShape, ModelFacts
 from switchkd.export.graphs import VisionEncoder
+from switchkd.export.onnx_graph import OnnxGraph
+from switchkd.export.parts import part_of
+from switchkd.export.weight_only import constant_matrices
 
 
 def compare_vision_graph(
@@ -20,6 +23,8 @@ def compare_vision_graph(
     """Export a model's vision graph and run it on so many pictures: what comes out is what PyTorch gives."""
     facts = ModelFacts("<image>", 3, tokens, (3, side, side), (2,), 40, 24, 64, CacheShape(1, 2, 12))
     VisionEncoder(model.model.vision_tower.config, facts).write(model, path)
+    parts = {part_of(node) for node, _ in constant_matrices(OnnxGraph.read(path), "MatMul")}
+    assert parts == {"vision_encoder", "projector"}
     session = onnxruntime.InferenceSession(path)
     for count in pictures:
         pixels_PCHW = np.random.default_rng(count).standard_normal((count, 3, side, side), dtype=np.float32)

@@ -135,7 +135,7 @@ def unlist_graph_file(content: dict[str, Any]) -> None:
         (remove_decoder, "lists no decoder_model_merged in fp32"),
         (remove_listed_file, "does not list generation_config.json"),
         (unlist_graph_file, "does not list onnx/other.onnx"),
-        (lambda content: content.update(format_version=1), "format_version is 1, this switchkd reads 2"),
+        (lambda content: content.update(format_version=1), "format_version is 1, this switchkd reads 3"),
         (lambda content: content.update(format="zip"), "format is 'zip'"),
         (lambda content: content.update(graphs=[]), "holds no graphs"),
         (lambda content: content.update(graphs=[3]), r"graphs\[0\]: is 3, expected an object"),

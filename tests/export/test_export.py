@@ -155,6 +155,7 @@ def test_tokenizer_of_the_bundle_is_the_checkpoints(tiny_bundle: Path, tiny_chec
 def test_script_of_the_card_runs(tiny_bundle: Path, tmp_path: Path) -> None:
     script = re.search(r"```python\n(import sys.*?)```", (tiny_bundle / "README.md").read_text(), re.DOTALL)
     assert script is not None
+    assert len(script[1].splitlines()) <= 60
     picture = tmp_path / "picture.png"
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (24, 24, 3), dtype=np.uint8))
     image.save(picture)
@@ -183,7 +184,7 @@ def answer(path: Path, image: Image.Image, question: str) -> str:
 def test_export_and_verify_commands(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(tiny_checkpoint)
     out = tmp_path / "deep" / "bundle"
-    assert main(["export", str(tiny_checkpoint), str(out), "--dtype", "int8"]) == 0
+    assert main(["export", str(tiny_checkpoint), str(out), "--dtype", "int8", "--pairs", "9"]) == 0
     assert contents(tiny_checkpoint) == before
     assert [file.name for file in out.parent.iterdir()] == ["bundle"]
     assert Bundle.open(out).precision == "int8"
@@ -273,7 +274,7 @@ def test_a_wrong_graph_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, mon
         PRECISIONS, "wrong", Precision("wrong", "_wrong", shifted_logits, PRECISIONS["fp32"].bounds, "wrong")
     )
     with pytest.raises(ValuesError, match=r"onnx/decoder_model_merged_wrong\.onnx: differs"):
-        export_checkpoint(tiny_checkpoint, tmp_path / "bundle", precisions=["wrong"])
+        export_checkpoint(tiny_checkpoint, tmp_path / "bundle", precisions=["wrong"], pairs=6)
     assert list(tmp_path.iterdir()) == []
     assert contents(tiny_checkpoint) == before
 
@@ -290,7 +291,7 @@ def test_other_answers_are_found(tiny_bundle: Path, tiny_checkpoint: Path) -> No
     runner = GraphRunner(Bundle.open(tiny_bundle))
     prompts = sample_prompts(runner.bundle)
     expected = record(Contrary(model, runner.bundle.model.eos_token_ids), prompts)
-    with pytest.raises(TokensError, match="greedy answers part at token"):
+    with pytest.raises(TokensError, match="greedy answers to pair 1 of 6 part at token"):
         compare(runner, prompts, expected, PRECISIONS["fp32"].bounds)
 
 
@@ -319,12 +320,57 @@ def edit(file: Path, *keys: str, value: Any) -> None:
         (("text_config", "model_type"), "mistral", "text_config.model_type is 'mistral'"),
         (("vision_config", "model_type"), "dinov2", "vision_config.model_type is 'dinov2'"),
         (("text_config", "layer_types"), ["full_attention", "sliding_attention"], "sliding windows"),
+        (("text_config", "rope_parameters"), {"rope_type": "dynamic", "factor": 2.0}, "rope_type is 'dynamic'"),
+        (("text_config", "hidden_size"), 64, r"30 weights have other shapes .*\[300, 32\], expected \[300, 64\]"),
+        (("vision_feature_layer",), -5, "vision_feature_layer is -5, the vision encoder has 3 layers"),
+        (("vision_feature_select_strategy",), "cls", r"config\.json: .*'default', 'full'\), got cls"),
+        (("multimodal_projector_bias",), False, "linear_1.bias is no weight of the projector"),
+        (("quantization_config",), {"quant_method": "gptq"}, r"its weights are quantised \(gptq\)"),
         (("image_token_index",), 999, "image_token_index is 999"),
     ],
 )
 def test_config_that_cannot_be_exported(checkpoint: Path, keys: tuple[str, ...], value: Any, reason: str) -> None:
     edit(checkpoint / "config.json", *keys, value=value)
     cannot_export(checkpoint, reason)
+
+
+def test_sliding_windows_that_older_configs_do_not_list(checkpoint: Path) -> None:
+    file = checkpoint / "config.json"
+    for name, value in (("use_sliding_window", True), ("sliding_window", 64), ("max_window_layers", 1)):
+        edit(file, "text_config", name, value=value)
+    edit(file, "text_config", "layer_types", value=None)
+    cannot_export(checkpoint, "sliding windows")
+
+
+def test_checkpoint_of_another_make(checkpoint: Path) -> None:
+    """A head of its own, a projector without biases that reads two layers, and weights in several files."""
+    weights = load_file(checkpoint / "model.safetensors")
+    weights = {name: tensor for name, tensor in weights.items() if not re.search(r"projector.*bias", name)}
+    first = next(name for name in weights if "linear_1.weight" in name)
+    weights[first] = torch.cat([weights[first], weights[first].flip(0)], dim=1)
+    embeddings = next(tensor for name, tensor in weights.items() if "embed_tokens" in name)
+    weights["lm_head.weight"] = embeddings.flip(0)
+    for keys, value in (
+        (("multimodal_projector_bias",), False),
+        (("vision_feature_layer",), [-2, -3]),
+        (("tie_word_embeddings",), False),
+        (("text_config", "tie_word_embeddings"), False),
+    ):
+        edit(checkpoint / "config.json", *keys, value=value)
+    (checkpoint / "model.safetensors").unlink()
+    names = sorted(weights)
+    places = {name: f"model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(names)}
+    for shard in set(places.values()):
+        part = {name: weights[name].contiguous() for name in names if places[name] == shard}
+        save_file(part, checkpoint / shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": places}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    out = checkpoint.parent / "bundle"
+    export_checkpoint(checkpoint, out, precisions=["fp32"], pairs=6)
+    constants = [numpy_helper.to_array(tensor) for tensor in load(out, "decoder_model_merged").graph.initializer]
+    head = weights["lm_head.weight"].numpy()
+    assert any(np.array_equal(constant, head.T) for constant in constants)
+    assert len(json.loads((out / "manifest.json").read_text())["source"]["weights"]) == 2
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"])

@@ -36,6 +36,7 @@ def both(wide_heads_checkpoint: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="both-") as folder:
         path = Path(folder) / "bundle"
         command = ["export", str(wide_heads_checkpoint), str(path), "--decoder", "both", "--dtype", "fp32,q4,q4f16"]
+        command += ["--pairs", "6"]
         assert main(command) == 0
         yield path
 
@@ -120,7 +121,12 @@ def test_logits_are_pytorchs(text: Any, tmp_path: Path) -> None:
     for start, end in ((0, 130), (130, 149), (149, 150)):  # a prompt, more of it, a token
         mask = np.ones((1, end), dtype=np.int64)
         past = dict(zip(facts.cache.past_names(), cache, strict=True))
-        fed = {"inputs_embeds": embeds_1TD[:, start:end], "attention_mask": mask, **past}
+        fed = {
+            "inputs_embeds": embeds_1TD[:, start:end],
+            "attention_mask": mask,
+            "num_logits_to_keep": np.array(0),
+            **past,
+        }
         logits_1TV, *cache = session.run(None, fed)
         rows.append(logits_1TV)
     np.testing.assert_allclose(np.concatenate(rows, axis=1), expected, atol=1e-3)
@@ -189,7 +195,7 @@ def test_wrong_fused_decoder_is_found(copy: Path, wide_heads_checkpoint: Path) -
 
 
 def test_fused_alone_has_the_usual_name(wide_heads_checkpoint: Path, tmp_path: Path) -> None:
-    export_checkpoint(wide_heads_checkpoint, tmp_path / "bundle", precisions=["fp32"], decoder="fused")
+    export_checkpoint(wide_heads_checkpoint, tmp_path / "bundle", precisions=["fp32"], decoder="fused", pairs=6)
     bundle = Bundle.open(tmp_path / "bundle")
     assert bundle.forms == (FUSED,)
     assert bundle.graph(DECODER).file == "onnx/decoder_model_merged.onnx"

@@ -41,7 +41,7 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # As transformers notes it in what others put together.
     config["text_config"]["_name_or_path"] = str(checkpoint.parent / "language_model")
     (checkpoint / "config.json").write_text(json.dumps(config))
-    export_checkpoint(checkpoint, path)
+    export_checkpoint(checkpoint, path, pairs=6)
     return path
 
 
@@ -93,7 +93,7 @@ def test_clips_class_token_is_not_counted(
     shutil.copy(checkpoint.parent / "encoder" / "preprocessor_config.json", tmp_path / "encoder")
     language_model = checkpoint.parent / "language_model"
     build_vlm(tmp_path / "encoder", language_model, projector=projector, projector_grid=3).save(tmp_path / "vlm")
-    export_checkpoint(tmp_path / "vlm", tmp_path / "bundle", precisions=["fp32"])
+    export_checkpoint(tmp_path / "vlm", tmp_path / "bundle", precisions=["fp32"], pairs=6)
     assert Bundle.open(tmp_path / "bundle").model.tokens_per_picture == tokens
     processor = json.loads((tmp_path / "bundle" / "processor_config.json").read_text())
     assert 4 * 4 + processor["num_additional_image_tokens"] == tokens

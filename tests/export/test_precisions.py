@@ -38,7 +38,7 @@ def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """The tiny checkpoint in every precision, all large weights outside, in parts of 40 kB."""
     path = tmp_path_factory.mktemp("precisions") / "bundle"
     storage = Storage(inline_bytes=0, part_bytes=PART)
-    export_checkpoint(tiny_checkpoint, path, precisions=list(PRECISIONS), storage=storage)
+    export_checkpoint(tiny_checkpoint, path, precisions=list(PRECISIONS), storage=storage, pairs=6)
     return path
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import queue
+import re
 import shutil
 import subprocess
 import tempfile
@@ -17,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from tokenizers import Tokenizer
+from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from switchkd.export.assembly import export_checkpoint
 from switchkd.export.bundle import Bundle
@@ -156,7 +158,7 @@ def test_node_answers_in_8_bit_as_onnxruntime_does(tiny_bundle: Path, picture: P
 
 
 def test_node_answers_with_pooled_pictures(ldpv2_checkpoint: Path, picture: Path, tmp_path: Path) -> None:
-    export_checkpoint(ldpv2_checkpoint, tmp_path / "bundle", precisions=["fp32"])
+    export_checkpoint(ldpv2_checkpoint, tmp_path / "bundle", precisions=["fp32"], pairs=6)
     got = in_node(tmp_path / "bundle", "fp32", picture, tokens_per_picture=9)
     assert got["answer"] == by_onnxruntime(Bundle.open(tmp_path / "bundle"), picture, got["prompt"])
 
@@ -165,7 +167,7 @@ def test_node_answers_with_pooled_pictures(ldpv2_checkpoint: Path, picture: Path
 def fused(wide_heads_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle whose one decoder is the fused one."""
     bundle = tmp_path_factory.mktemp("fused") / "bundle"
-    export_checkpoint(wide_heads_checkpoint, bundle, precisions=["fp32", "q4"], decoder="fused")
+    export_checkpoint(wide_heads_checkpoint, bundle, precisions=["fp32", "q4"], decoder="fused", pairs=6)
     return bundle
 
 
@@ -197,3 +199,22 @@ def test_the_browser_answers_in_8_bit_as_onnxruntime_does(
     tiny_bundle: Path, picture: Path, int8_tokens: list[int]
 ) -> None:
     assert in_browser(tiny_bundle, "int8", picture)["answer"] == int8_tokens
+
+
+def test_script_of_the_card_runs(tiny_bundle: Path, picture: Path, tmp_path: Path) -> None:
+    script = re.search(r"```js\n(.*?)```", (tiny_bundle / "README.md").read_text(), re.DOTALL)
+    assert script is not None
+    (tmp_path / "script.mjs").write_text(script[1])
+    (tmp_path / "bundle").symlink_to(tiny_bundle)
+    (tmp_path / "picture.png").symlink_to(picture)
+    (tmp_path / "node_modules").symlink_to(HERE / "node_modules")
+    done = subprocess.run(["node", "script.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    bundle = Bundle.open(tiny_bundle)
+    prompt = Tokenizer.from_file(str(bundle.tokenizer_path)).encode(
+        f"<|im_start|>user\n{'<image>' * 16}\nWhat is in the picture?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    pixels = to_pixels(Image.open(picture), bundle.preprocessing)[None]
+    tokens = GraphRunner(bundle).greedy(prompt.ids, pixels, 64).tokens
+    text = AutoTokenizer.from_pretrained(tiny_bundle).decode(tokens, skip_special_tokens=True)
+    assert done.stdout == f"{text}\n"

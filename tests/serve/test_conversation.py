@@ -1,0 +1,63 @@
+"""Earlier turns reach the model whatever a template wants content to be: text, or parts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from switchkd.export.prompt import render_chat
+from switchkd.serve import Engine, Message
+from switchkd.serve.conversation import PromptTokens
+
+# As LLaVA-1.5's processors on the hub have it: parts alone, pictures first; a string's characters have no type.
+LLAVA_1_5 = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+TEXT_ALONE = "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
+FIRST_PART = "{% for message in messages %}{{ message['content'][0]['text'] + '|' }}{% endfor %}"
+
+CHAT: list[Message] = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it red?"}]},
+    {"role": "assistant", "content": "Yes, there is."},
+    {"role": "user", "content": "And the digits?"},
+]
+WORDS: list[Message] = [{"role": message["role"], "content": "a b"} for message in CHAT]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_bundle: Path) -> Engine:
+    return Engine.open(tiny_bundle, "fp32", threads=1)
+
+
+def prompt(engine: Engine, template: str, messages: list[Message], pictures: int) -> str:
+    """What the model reads, its visual tokens as one."""
+    bundle: Any = engine.bundle
+    own = bundle.chat_template
+    object.__setattr__(bundle, "chat_template", template)
+    try:
+        ids = PromptTokens(bundle, engine.tokenizer).encode(messages, pictures)
+    finally:
+        object.__setattr__(bundle, "chat_template", own)
+    text: str = engine.tokenizer.decode(ids, skip_special_tokens=False)
+    return text.replace("<image>" * bundle.model.tokens_per_picture, "<image>")
+
+
+def test_a_template_that_wants_parts_gets_them(engine: Engine) -> None:
+    expected = "Be short. USER: <image>\nIs it red? ASSISTANT: Yes, there is. USER: And the digits? ASSISTANT:"
+    assert prompt(engine, LLAVA_1_5, CHAT, 1) == expected
+    assert prompt(engine, FIRST_PART, WORDS, 0) == "a b|" * 4  # a string would be refused here
+
+
+def test_strings_stay_where_a_template_takes_them(engine: Engine) -> None:
+    own = engine.bundle.chat_template
+    for template, messages, pictures in ((own, CHAT, 1), (TEXT_ALONE, WORDS, 0)):
+        plain = render_chat(template, messages, add_generation_prompt=True, special_tokens=engine.bundle.special_tokens)
+        assert prompt(engine, template, messages, pictures) == plain
