@@ -3,19 +3,17 @@
 Such a build has no reader of ONNX and holds only the operators that a list asks for: the list is written too.
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import onnxruntime
-from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.tools.ort_format_model import create_config_from_models
 
 from .bundle import DECODER, VISION_ENCODER, Bundle, GraphFile, Manifest, Variant
 from .graphs import ExportError, quiet
-from .onnx_graph import MAX_PROTOBUF_BYTES, OnnxGraph, Storage
+from .onnx_graph import MAX_PROTOBUF_BYTES
 from .parity import Difference, SamplePrompt
 from .verification import Array, GraphRunner
 
@@ -49,8 +47,7 @@ def write_ort_files(path: Path, graphs: Sequence[GraphFile]) -> None:
     (path / FOLDER).mkdir()
     with quiet():
         for graph in graphs:
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                _convert(_readable(path / graph.file, Path(folder)), path / ort_file(graph))
+            _convert(path / graph.file, path / ort_file(graph))
         create_config_from_models([path / ort_file(graph) for graph in graphs], path / FOLDER / OPERATORS, False)
     listed = (path / FOLDER / OPERATORS).read_text(encoding="utf-8")
     (path / FOLDER / OPERATORS).write_text(listed.replace(f"{path / FOLDER}/", ""), encoding="utf-8")
@@ -67,29 +64,6 @@ def _convert(source: Path, target: Path) -> None:
     options.add_session_config_entry("session.save_model_format", "ORT")
     options.log_severity_level = 3
     onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-
-
-def _readable(source: Path, folder: Path) -> Path:
-    """The graph, or where it has 4-bit tensors a copy with two numbers to a byte: the format has no type for them.
-
-    GatherBlockQuantized takes both, and says by `bits` which it is.
-    """
-    graph = OnnxGraph.read(source)
-    tables = [node for node in graph.proto.graph.node if node.op_type == "GatherBlockQuantized"]
-    packed = False
-    for tensor in graph.constants().values():
-        if tensor.data_type == TensorProto.UINT4:
-            numbers = graph.array(tensor).astype(np.uint8)
-            numbers = np.pad(numbers, ((0, 0), (0, numbers.shape[1] % 2)))
-            graph.weights.pop(tensor.name, None)
-            tensor.CopyFrom(numpy_helper.from_array(numbers[:, ::2] | numbers[:, 1::2] << 4, tensor.name))
-            packed = True
-    if not packed:
-        return source
-    for node in tables:
-        node.attribute.append(helper.make_attribute("bits", 4))
-    graph.write(folder / source.name, Storage())
-    return folder / source.name
 
 
 def check_ort_files(path: Path, variant: Variant, prompts: Sequence[SamplePrompt]) -> None:

@@ -10,6 +10,7 @@ from onnxruntime.quantization import QuantType
 
 from .activations import Activations
 from .bundle import EMBED_TOKENS
+from .four_bit_table import table_of_4_bits
 from .gptq import gptq
 from .graphs import ExportError
 from .half import halve
@@ -67,9 +68,9 @@ def _half(_name: str, graph: OnnxGraph) -> None:
 
 _int8 = _products(dynamic(QuantType.QInt8), dynamic(QuantType.QInt8))
 _uint8 = _products(dynamic(QuantType.QUInt8), dynamic(QuantType.QUInt8))
-# A zero point in every block brings the weights nearer than symmetric blocks do; GatherBlockQuantized needs it.
-_q4 = _products(blocks_of_4_bits(symmetric=False), blocks_of_4_bits(symmetric=False))
-_bnb4 = _products(normal_floats, blocks_of_4_bits(symmetric=False))
+# A zero point in every block brings the weights nearer than symmetric blocks do.
+_q4 = _products(blocks_of_4_bits(symmetric=False), table_of_4_bits)
+_bnb4 = _products(normal_floats, table_of_4_bits)
 
 
 def _q4f16(name: str, graph: OnnxGraph) -> None:
@@ -113,6 +114,7 @@ _TOOLS = {
     "int8_smooth": dynamic(QuantType.QInt8),
     "q4": blocks_of_4_bits(symmetric=False),
 }
+_TABLE_TOOLS = {"int8": dynamic(QuantType.QInt8), "q4": table_of_4_bits}
 CALIBRATED = frozenset(["int8_smooth", "q4_gptq"])
 METHODS = ("fp32", "int8", "int8_smooth", "q4", "q4_gptq")
 TABLE_METHODS = ("fp32", "int8", "q4")  # of embeddings: a row is looked up, and no activation is multiplied with it
@@ -133,9 +135,12 @@ def change_parts(graph: OnnxGraph, methods: Mapping[str, str], activations: Acti
         names = {node.name for node in graph.proto.graph.node if methods.get(part_of(node) or "") == method}
         if method == "int8_smooth":
             names -= smooth(graph, activations, names)  # some matrices' products would be too far off
-        tool = gptq(activations) if method == "q4_gptq" else _TOOLS.get(method)
+        if EMBEDDINGS in methods:
+            tool, op_type = _TABLE_TOOLS.get(method), "Gather"
+        else:
+            tool, op_type = gptq(activations) if method == "q4_gptq" else _TOOLS.get(method), "MatMul"
         if tool is not None:
-            quantize(graph, "Gather" if EMBEDDINGS in methods else "MatMul", tool, names)
+            quantize(graph, op_type, tool, names)
 
 
 def dtype_of(precision: str) -> str:

@@ -92,7 +92,7 @@ def dynamic(weight_type: QuantType) -> Tool:
 
 
 def blocks_of_4_bits(*, symmetric: bool, accuracy_level: int = 0) -> Tool:
-    """4 bit: MatMulNBits or GatherBlockQuantized, a scale for every 32 weights.
+    """4 bit: MatMulNBits, a scale for every 32 weights.
 
     At `accuracy_level` 4 MatMulNBits rounds activations to 8 bit, at 0 it leaves them (benchmarks.accuracy_level).
     """
@@ -103,7 +103,6 @@ def blocks_of_4_bits(*, symmetric: bool, accuracy_level: int = 0) -> Tool:
             block_size=BLOCK,
             is_symmetric=symmetric,
             accuracy_level=accuracy_level,
-            op_types_to_quantize=("MatMul", "Gather"),
         )
         quantizer.process()
         result: onnx.ModelProto = quantizer.model.model

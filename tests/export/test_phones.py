@@ -64,7 +64,7 @@ def test_operators_for_a_reduced_build_are_listed(bundle: Path) -> None:
     lines = (bundle / "ort" / "required_operators.config").read_text().splitlines()
     assert "# - decoder_model_merged_q4.ort" in lines  # without a folder of this machine
     own = next(line for line in lines if line.startswith("com.microsoft;1;")).split(";")[2].split(",")
-    assert set(own) >= {"MatMulNBits", "GatherBlockQuantized", "DynamicQuantizeMatMul"}
+    assert set(own) >= {"MatMulNBits", "DynamicQuantizeMatMul"}
     assert {line.split(";")[0] for line in lines if ";" in line} == {"ai.onnx", "com.microsoft"}
 
 

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from switchkd.cli.main import main
 from switchkd.export.assembly import export_checkpoint
 from switchkd.export.bundle import DECODER, GRAPHS, MANIFEST, Bundle
+from switchkd.export.four_bit_table import table_of_4_bits
 from switchkd.export.onnx_graph import OnnxGraph, Storage, unload
 from switchkd.export.parity import Expected, SamplePrompt, compare, record, sample_prompts
 from switchkd.export.precisions import PRECISIONS, Bounds
@@ -133,9 +135,9 @@ def test_large_activations_survive_float16(bundle: Path) -> None:
         ("int8", "MatMulInteger", "Gather"),
         ("uint8", "MatMulInteger", "Gather"),
         ("q8", "MatMulInteger", "Gather"),
-        ("q4", "MatMulNBits", "GatherBlockQuantized"),
-        ("q4f16", "MatMulNBits", "GatherBlockQuantized"),
-        ("bnb4", "MatMulBnb4", "GatherBlockQuantized"),
+        ("q4", "MatMulNBits", "Floor"),
+        ("q4f16", "MatMulNBits", "Floor"),
+        ("bnb4", "MatMulBnb4", "Floor"),
     ],
 )
 def test_all_constant_matrices_are_quantised(bundle: Path, precision: str, product: str, table: str) -> None:
@@ -143,9 +145,40 @@ def test_all_constant_matrices_are_quantised(bundle: Path, precision: str, produ
     for name, op_type in (("vision_encoder", product), (DECODER, product), ("embed_tokens", table)):
         graph = onnx.load(opened.graph_path(name)).graph
         assert any(node.op_type == op_type for node in graph.node)
-        floats = {t.name for t in graph.initializer if t.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16)}
+        matrices = (tensor for tensor in graph.initializer if len(tensor.dims) == 2)
+        floats = {t.name for t in matrices if t.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16)}
         constant = [n.name for n in graph.node if n.op_type in ("MatMul", "Gather") and floats & set(n.input)]
         assert constant == []
+
+
+@pytest.mark.parametrize("width", [32, 40, 64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_table_of_4_bits_looks_up_the_nearest_of_sixteen_steps(width: int, dtype: type[np.floating]) -> None:
+    table_VD = np.random.default_rng(0).normal(size=(5000, width)).astype(dtype)
+    table_VD[7] = 0
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "time"])
+    onnx_type = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    rows = helper.make_tensor_value_info("rows", onnx_type, ["batch", "time", width])
+    node = helper.make_node("Gather", ["table", "ids"], ["rows"])
+    constant = numpy_helper.from_array(table_VD, "table")
+    opsets = [helper.make_opsetid("", 20)]
+    model = helper.make_model(helper.make_graph([node], "g", [ids], [rows], [constant]), opset_imports=opsets)
+    model.ir_version = 10
+    session = onnxruntime.InferenceSession(table_of_4_bits(model).SerializeToString())
+    ids_BT = np.array([[0, 4999, 7], [4097, 4095, 4096]])
+    got_BTD = session.run(None, {"ids": ids_BT})[0]
+    wanted_BTD = table_VD[ids_BT]
+    assert got_BTD.dtype == dtype
+    assert got_BTD.shape == wanted_BTD.shape
+    for start in range(0, width, 32):
+        block = wanted_BTD[..., start : start + 32].astype(np.float32)
+        step = (np.maximum(block.max(-1), 0) - np.minimum(block.min(-1), 0)) / 15
+        off = np.abs(got_BTD[..., start : start + 32] - block).max(-1)
+        assert (
+            off <= step * (1.01 if dtype == np.float16 else 1.0001)
+        ).all()  # half a step, and half for the zero point
+        assert np.median(off / np.maximum(step, 1e-9)) > 0.3  # it has sixteen steps, not more
+    assert (got_BTD[0, 2] == 0).all()
 
 
 def test_sizes_come_down(bundle: Path) -> None:

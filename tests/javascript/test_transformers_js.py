@@ -23,7 +23,9 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 
 from switchkd.export.assembly import export_checkpoint
 from switchkd.export.bundle import Bundle
+from switchkd.export.mixing import MixOptions
 from switchkd.export.pixels import to_pixels
+from switchkd.export.precisions import dtype_of
 from switchkd.export.reference import TorchReference
 from switchkd.export.verification import GraphRunner
 
@@ -66,13 +68,13 @@ def expected(tiny_checkpoint: Path, picture: Path) -> dict[str, Any]:
     return {"prompt": ids, "answer": answer, "text": processor.decode(answer, skip_special_tokens=True)}
 
 
-def request(bundle: str, dtype: str, picture: str, tokens_per_picture: int = 16) -> dict[str, Any]:
+def request(bundle: str, dtype: str | None, picture: str, tokens_per_picture: int = 16) -> dict[str, Any]:
     """What answer.mjs is asked."""
     settings = {"question": QUESTION, "tokensPerPicture": tokens_per_picture, "newTokens": NEW_TOKENS}
     return {"bundle": bundle, "dtype": dtype, "picture": picture, **settings}
 
 
-def in_node(bundle: Path, dtype: str, picture: Path, tokens_per_picture: int = 16) -> dict[str, Any]:
+def in_node(bundle: Path, dtype: str | None, picture: Path, tokens_per_picture: int = 16) -> dict[str, Any]:
     asked = json.dumps(request(bundle.name, dtype, str(picture), tokens_per_picture))
     command: Sequence[str] = ["node", "node.mjs", str(bundle.parent), asked]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=200)
@@ -111,7 +113,7 @@ class _Page(SimpleHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(bundle: Path, dtype: str, picture: Path) -> Iterator[tuple[str, "queue.Queue[dict[str, Any]]"]]:
+def serving(bundle: Path, dtype: str | None, picture: Path) -> Iterator[tuple[str, "queue.Queue[dict[str, Any]]"]]:
     """A server on localhost for one request; yields the page's address and where its result arrives."""
     results: queue.Queue[dict[str, Any]] = queue.Queue()
     files = {"/bundles/bundle/": bundle, "/picture.png": picture}
@@ -126,9 +128,11 @@ def serving(bundle: Path, dtype: str, picture: Path) -> Iterator[tuple[str, "que
         server.server_close()
 
 
-def in_browser(bundle: Path, dtype: str, picture: Path) -> dict[str, Any]:
+def in_browser(bundle: Path, dtype: str | None, picture: Path) -> dict[str, Any]:
     assert BROWSER is not None
-    with serving(bundle, dtype, picture) as (address, results), tempfile.TemporaryDirectory() as profile:
+    # Processes of the browser may write to its profile a little longer than the first of them lives.
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with serving(bundle, dtype, picture) as (address, results), folder as profile:
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={profile}"]
         browser = subprocess.Popen([BROWSER, *flags, address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
@@ -181,6 +185,32 @@ def test_node_answers_with_the_fused_decoder(
         model = LlavaForConditionalGeneration.from_pretrained(wide_heads_checkpoint)
         pixels = to_pixels(Image.open(picture), Bundle.open(fused).preprocessing)[None]
         assert got["answer"] == TorchReference(model, [2]).greedy(got["prompt"], pixels, NEW_TOKENS).tokens
+
+
+OTHERS = ("mixed", "fp16", "uint8", "q4", "q4f16", "bnb4")
+
+
+@pytest.fixture(scope="module")
+def others(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle in the other precisions; its default is a mix of 8 and 4 bit, which goes by the dtype q8."""
+    bundle = tmp_path_factory.mktemp("others") / "bundle"
+    parts = {"vision_encoder": "int8", "projector": "q4", "embeddings": "q4", "decoder": "q4", "lm_head": "int8"}
+    export_checkpoint(tiny_checkpoint, bundle, precisions=OTHERS, mix=MixOptions(parts=parts, pairs=4), pairs=6)
+    return bundle
+
+
+def test_node_answers_in_the_precision_that_comes_first(others: Path, picture: Path) -> None:
+    """Without a dtype transformers.js takes the one in config.json: its own default is not in the bundle."""
+    got = in_node(others, None, picture)
+    assert got["answer"] == by_onnxruntime(Bundle.open(others), picture, got["prompt"])
+
+
+@needs_browser
+@pytest.mark.parametrize("precision", OTHERS)
+def test_the_browser_runs_the_operators_of_every_precision(others: Path, picture: Path, precision: str) -> None:
+    got = in_browser(others, dtype_of(precision), picture)
+    assert "answer" in got, got
+    assert got["answer"] == by_onnxruntime(Bundle.open(others, precision), picture, got["prompt"])
 
 
 @needs_browser
