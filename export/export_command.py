@@ -10,6 +10,7 @@ from .bnb_checkpoint import export_bnb
 from .bundle import PORTABLE, BundleError
 from .calibration import PAIRS as CALIBRATION_PAIRS
 from .graphs import ExportError
+from .memory import return_freed_blocks
 from .mixing import MAX_DROP, MixOptions
 from .onnx_graph import Storage
 from .parity import PAIRS
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--external-data",
         action="store_true",
-        help="weights of every graph in files beside it, not only of graphs over 2 GB",
+        help="weights of every graph in files beside it, not only of graphs over 1 GiB",
     )
     parser.add_argument(
         "--only", choices=["verify"], help="write nothing: compare the bundle OUT with the checkpoint it was made from"
@@ -99,6 +100,7 @@ def _add_mix_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, verify and print sizes and parity."""
+    return_freed_blocks()
     if args.only == "verify":
         verify_bundle(args.out, args.checkpoint, full=args.full, pairs=args.pairs)
         return 0

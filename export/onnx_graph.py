@@ -25,9 +25,12 @@ _ALIGNED = 2**20  # bytes; smaller tensors follow each other
 
 @dataclass(frozen=True)
 class Storage:
-    """Where weights go: into the .onnx file up to `inline_bytes`, above that beside it in parts of `part_bytes`."""
+    """Where weights go: into the .onnx file up to `inline_bytes`, above that beside it in parts of `part_bytes`.
 
-    inline_bytes: int = MAX_PROTOBUF_BYTES
+    A runtime maps the files beside a graph, and copies what is inside it: gigabytes, of a large one.
+    """
+
+    inline_bytes: int = 2**30
     part_bytes: int = MAX_PROTOBUF_BYTES  # what a browser holds in one piece
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from .bundle import PORTABLE, Bundle, BundleError, Manifest
 from .checkpoint import Checkpoint, open_checkpoint
 from .graphs import ExportError
+from .memory import return_freed_blocks
 from .mobile import check_mobile
 from .ort_files import check_ort_files, has_ort_files
 from .parity import Expected, Pairs, check_pairs, check_scores, compare, record, recorded_pairs
@@ -125,5 +126,6 @@ def show_progress(step: str, done: int, total: int) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verify, and say so."""
+    return_freed_blocks()
     verify_bundle(args.bundle, args.checkpoint, full=args.full, pairs=args.pairs, mobile=args.mobile)
     return 0

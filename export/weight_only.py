@@ -84,8 +84,10 @@ def dynamic(weight_type: QuantType) -> Tool:
 
     def tool(model: onnx.ModelProto) -> onnx.ModelProto:
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "quantized.onnx"
-            quantize_dynamic(model, path, per_channel=True, weight_type=weight_type)
+            given, path = Path(folder) / "given.onnx", Path(folder) / "quantized.onnx"
+            # Given a file the tool makes fewer copies of the matrix, and saving it so takes it out of `model`.
+            onnx.save_model(model, given, save_as_external_data=True)
+            quantize_dynamic(given, path, per_channel=True, weight_type=weight_type)
             return onnx.load(path)
 
     return tool
