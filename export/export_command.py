@@ -98,9 +98,28 @@ def _add_mix_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _check_used(args: argparse.Namespace) -> None:
+    """Raise ExportError for an option that would have no effect."""
+    graphs = {"dtype", "decoder", "prefill", "parts", "max_drop", "calibration", "picture_root", "calibration_pairs"}
+    graphs |= {"external_data", "ort", "examples"}
+    verification = {"pairs", "full"}
+    if args.only == "verify":
+        what, unused = "--only verify", graphs | {"bits", "format"}
+    elif args.format == "bitsandbytes":
+        what, unused = "--format bitsandbytes", graphs | verification
+    else:
+        what, unused = "--format onnx", {"bits", "full"}
+    defaults = argparse.ArgumentParser()
+    add_arguments(defaults)
+    for name in sorted(unused):
+        if getattr(args, name) != defaults.get_default(name):
+            raise ExportError(f"--{name.replace('_', '-')} has no effect with {what}; leave one of the two out")
+
+
 def run(args: argparse.Namespace) -> int:
     """Export, verify and print sizes and parity."""
     return_freed_blocks()
+    _check_used(args)
     if args.only == "verify":
         verify_bundle(args.out, args.checkpoint, full=args.full, pairs=args.pairs)
         return 0

@@ -413,6 +413,24 @@ def test_pictures_of_another_size(checkpoint: Path) -> None:
     cannot_export(checkpoint, r"prepared as \(30, 24\), the vision encoder takes \(24, 24\)")
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--format", "bitsandbytes", "--dtype", "q4"], "--dtype has no effect with --format bitsandbytes"),
+        (["--format", "bitsandbytes", "--pairs", "6"], "--pairs has no effect with --format bitsandbytes"),
+        (["--only", "verify", "--picture-root", "there"], "--picture-root has no effect with --only verify"),
+        (["--bits", "8"], "--bits has no effect with --format onnx"),
+        (["--full"], "--full has no effect with --format onnx"),
+    ],
+)
+def test_options_without_effect(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], reason: str
+) -> None:
+    assert main(["export", str(tiny_checkpoint), str(tmp_path / "bundle"), *options]) == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_places_that_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="inside the checkpoint"):
         export_checkpoint(checkpoint, checkpoint / "bundle")
