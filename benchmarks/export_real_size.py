@@ -175,25 +175,29 @@ def measure_verify(bundle: Path, pairs: int) -> dict[str, Any]:
     return {"status": status, "seconds": seconds, "private": peaks.private, "resident": peaks.resident}
 
 
-def show(found: dict[str, Any], verified: dict[str, Any], checkpoint_bytes: int) -> None:
-    """Print two Markdown tables."""
+def show_export(found: dict[str, Any], checkpoint_bytes: int) -> None:
+    """Print two Markdown tables: the steps, and the precisions."""
     print(f"\ncheckpoint {checkpoint_bytes / GB:.2f} GB, bfloat16\n")
     print("| step | seconds | private memory, GB | with mapped files, GB |\n|---|---|---|---|")
-    times = found["seconds"] | {"verify": verified["seconds"]}
-    private, resident = (found[table] | verified[table] for table in ("private", "resident"))
-    for step, seconds in times.items():
-        name = "`switchkd verify`, a process of its own" if step == "verify" else step
-        print(f"| {name} | {seconds:.0f} | {private.get(step, 0) / GB:.2f} | {resident.get(step, 0) / GB:.2f} |")
-    for name, table in (("private", private), ("resident", resident)):
-        peak = max(table.values())
-        print(f"\npeak, {name}: {peak / GB:.2f} GB, {peak / checkpoint_bytes:.2f} of the checkpoint")
+    private, resident = found["private"], found["resident"]
+    for step, seconds in found["seconds"].items():
+        print(f"| {step} | {seconds:.0f} | {private.get(step, 0) / GB:.2f} | {resident.get(step, 0) / GB:.2f} |")
+    print(f"\n{peaks_beside(found, checkpoint_bytes)}")
     print("\n| precision | MB | image features off by | logits off by | greedy answers equal |\n|---|---|---|---|---|")
     for variant, sizes in found["bytes"].items():
         record = found["verification"][variant]
         scores = [f"{record[part]['relative_rms']:.1e}" for part in ("image_features", "logits")]
         greedy = f"{record['greedy']['equal']} of {record['greedy']['prompts']}"
         print(f"| {variant} | {sum(sizes.values()) / 1e6:.0f} | {' | '.join(scores)} | {greedy} |")
-    print(f"\nexit status of `switchkd verify`: {verified['status']}")
+    print(flush=True)
+
+
+def peaks_beside(found: dict[str, Any], checkpoint_bytes: int) -> str:
+    """The largest memory of all steps, also as a multiple of the checkpoint."""
+    peaks = {name: max(found[name].values()) for name in ("private", "resident")}
+    return "peak: " + ", ".join(
+        f"{name} {peak / GB:.2f} GB = {peak / checkpoint_bytes:.2f} checkpoints" for name, peak in peaks.items()
+    )
 
 
 def main() -> int:
@@ -222,8 +226,12 @@ def main() -> int:
             pool.apply(make_checkpoint, (args.shape, args.tiny, checkpoint))
             size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
             found = pool.apply(measure_export, (checkpoint, out, args))
+            show_export(found, size)
             verified = pool.apply(measure_verify, (out, args.pairs))
-    show(found, verified, size)
+    print(
+        f"`switchkd verify`, a process of its own: exit status {verified['status']}, {verified['seconds']:.0f} s, "
+        + peaks_beside(verified, size)
+    )
     if args.json:
         record = {"shape": args.shape, "checkpoint_bytes": size, "export": found, "verify": verified}
         args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
