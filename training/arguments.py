@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,9 @@ def leave_other_ranks() -> None:
     A process that merely ends may be aborted by the threads of its connections, and the launcher calls that a failure.
     """
     if torch.distributed.is_initialized():
+        # What DistributedDataParallel leaves in cycles would be the connections' last owner, and it ends them with
+        # Python's lock held, for which their threads may wait: for ever (pytorch/pytorch#56297).
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 

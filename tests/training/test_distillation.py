@@ -287,6 +287,7 @@ def _two_processes(rank: int, llava: Make, batch: Make, folder: str) -> None:
     if rank == 0:
         found = {name: p.grad for name, p in module.student.named_parameters() if p.grad is not None}
         torch.save(found, f"{folder}/gradients.pt")
+    del ddp  # as the last owner of the connections it may wait for them for ever (see leave_other_ranks)
     torch.distributed.destroy_process_group()
 
 

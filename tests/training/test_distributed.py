@@ -197,3 +197,26 @@ def shares(checkpoint: Path, weights: str = "mp_rank_00_model_states.pt") -> tup
     teacher = load_file(checkpoint / "model.safetensors")  # of the student's size here
     assert sum(file.stat().st_size for file in files) < 14 * sum(value.numel() for value in teacher.values())
     return [torch.load(file, weights_only=False) for file in files], state
+
+
+LEAVES = """
+import sys, weakref, torch
+from torch import nn
+from switchkd.training.arguments import leave_other_ranks
+
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+model.itself = [model]  # a cycle, as the Trainer has
+alive = weakref.ref(model)
+del model
+assert alive() is not None
+leave_other_ranks()
+assert alive() is None, "it would end the connections itself, later, with Python's lock held"
+assert not torch.distributed.is_initialized()
+"""
+
+
+def test_nothing_outlives_the_connections_to_other_ranks(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LEAVES, str(tmp_path / "meet")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
