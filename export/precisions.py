@@ -10,7 +10,7 @@ from onnxruntime.quantization import QuantType
 
 from .activations import Activations
 from .bundle import EMBED_TOKENS
-from .four_bit_table import table_of_4_bits
+from .embedding_tables import table_of_4_bits, table_of_8_bits
 from .gptq import gptq
 from .graphs import ExportError
 from .half import halve
@@ -66,8 +66,8 @@ def _half(_name: str, graph: OnnxGraph) -> None:
     halve(graph, _FLOAT32)
 
 
-_int8 = _products(dynamic(QuantType.QInt8), dynamic(QuantType.QInt8))
-_uint8 = _products(dynamic(QuantType.QUInt8), dynamic(QuantType.QUInt8))
+_int8 = _products(dynamic(QuantType.QInt8), table_of_8_bits(QuantType.QInt8))
+_uint8 = _products(dynamic(QuantType.QUInt8), table_of_8_bits(QuantType.QUInt8))
 # A zero point in every block brings the weights nearer than symmetric blocks do.
 _q4 = _products(blocks_of_4_bits(symmetric=False), table_of_4_bits)
 _bnb4 = _products(normal_floats, table_of_4_bits)
@@ -82,7 +82,7 @@ def _within(relative_rms: float) -> Bounds:
     return Bounds(float("inf"), float("inf"), relative_rms, same_tokens=False)
 
 
-_FAST_8_BIT = "uint8 activations, quantised at run time, × {} weights per output channel; embeddings the same"
+_FAST_8_BIT = "uint8 activations, quantised at run time, × {} weights per output channel; a scale per row of embeddings"
 _HALF = (
     "float16 weights, activations and KV cache; a CPU computes most of it in float32, so it is small there, not fast"
 )
@@ -114,7 +114,7 @@ _TOOLS = {
     "int8_smooth": dynamic(QuantType.QInt8),
     "q4": blocks_of_4_bits(symmetric=False),
 }
-_TABLE_TOOLS = {"int8": dynamic(QuantType.QInt8), "q4": table_of_4_bits}
+_TABLE_TOOLS = {"int8": table_of_8_bits(QuantType.QInt8), "q4": table_of_4_bits}
 CALIBRATED = frozenset(["int8_smooth", "q4_gptq"])
 METHODS = ("fp32", "int8", "int8_smooth", "q4", "q4_gptq")
 TABLE_METHODS = ("fp32", "int8", "q4")  # of embeddings: a row is looked up, and no activation is multiplied with it

@@ -4,9 +4,12 @@ The tools hold a model several times over. Given a model of one node, they do so
 """
 
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -64,31 +67,60 @@ def quantize(graph: OnnxGraph, op_type: str, tool: Tool, nodes: Collection[str] 
 
 def _alone(graph: OnnxGraph, node: onnx.NodeProto, weight: onnx.TensorProto) -> onnx.ModelProto:
     """A model of this node and its weight."""
-    place = _WEIGHT_INPUT[node.op_type]
-    given = helper.make_tensor_value_info(
-        node.input[1 - place],
-        weight.data_type if node.op_type == "MatMul" else TensorProto.INT64,
-        ["batch", "time", weight.dims[0]][: 3 if node.op_type == "MatMul" else 2],
+    activation = node.input[1 - _WEIGHT_INPUT[node.op_type]]
+    rows, columns = weight.dims
+    given = (
+        _batches(activation, weight.data_type, rows)
+        if node.op_type == "MatMul"
+        else _batches(activation, TensorProto.INT64)
     )
-    result = helper.make_tensor_value_info(node.output[0], weight.data_type, ["batch", "time", weight.dims[1]])
     tensor = onnx.numpy_helper.from_array(graph.array(weight), weight.name)
+    return model_like(graph.proto, [node], given, _batches(node.output[0], weight.data_type, columns), [tensor])
+
+
+def _batches(name: str, data_type: int, *width: int) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, data_type, ["batch", "time", *width])
+
+
+def model_like(
+    model: onnx.ModelProto,
+    nodes: Iterable[onnx.NodeProto],
+    given: onnx.ValueInfoProto,
+    result: onnx.ValueInfoProto,
+    tensors: Iterable[onnx.TensorProto],
+) -> onnx.ModelProto:
+    """A model of these nodes and constants for the same runtimes as `model`."""
     return helper.make_model(
-        helper.make_graph([node], node.name, [given], [result], [tensor]),
-        opset_imports=graph.proto.opset_import,
-        ir_version=graph.proto.ir_version,
+        helper.make_graph(list(nodes), "part", [given], [result], list(tensors)),
+        opset_imports=model.opset_import,
+        ir_version=model.ir_version,
     )
 
 
-def dynamic(weight_type: QuantType) -> Tool:
-    """8 bit: MatMulInteger of uint8 activations, quantised at run time, and weights per output channel."""
+def dynamic(weight_type: QuantType, columns: int = 4096) -> Tool:
+    """8 bit: MatMulInteger of uint8 activations, quantised at run time, and weights per output channel.
+
+    Columns are given to ONNX Runtime's tool so many at a time, for it holds them eight times over. Each has a scale of
+    its own, and gets the same numbers.
+    """
 
     def tool(model: onnx.ModelProto) -> onnx.ModelProto:
-        with tempfile.TemporaryDirectory() as folder:
-            given, path = Path(folder) / "given.onnx", Path(folder) / "quantized.onnx"
-            # Given a file the tool makes fewer copies of the matrix, and saving it so takes it out of `model`.
-            onnx.save_model(model, given, save_as_external_data=True)
-            quantize_dynamic(given, path, per_channel=True, weight_type=weight_type)
-            return onnx.load(path)
+        constant, given, result = model.graph.initializer[0], model.graph.input[0], model.graph.output[0]
+        matrix_KM = onnx.numpy_helper.to_array(constant)
+        arrays: dict[str, list[npt.NDArray[Any]]] = {}
+        for start in range(0, matrix_KM.shape[1], columns):
+            part_KC = matrix_KM[:, start : start + columns]
+            tensor = onnx.numpy_helper.from_array(part_KC, constant.name)
+            narrow = _batches(result.name, constant.data_type, part_KC.shape[1])
+            part = model_like(model, model.graph.node, given, narrow, [tensor])
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "quantized.onnx"
+                quantize_dynamic(part, path, per_channel=True, weight_type=weight_type)
+                quantized = onnx.load(path).graph
+            for made in quantized.initializer:
+                arrays.setdefault(made.name, []).append(onnx.numpy_helper.to_array(made))
+        tensors = [onnx.numpy_helper.from_array(np.concatenate(parts, axis=-1), name) for name, parts in arrays.items()]
+        return model_like(model, quantized.node, given, result, tensors)
 
     return tool
 

@@ -121,7 +121,7 @@ def test_int8_is_smaller(tiny_bundle: Path) -> None:
         return Bundle.open(tiny_bundle, precision).graph_path(name).stat().st_size
 
     # The other two hold more graph than weights at this size.
-    assert size("embed_tokens", "int8") < 0.3 * size("embed_tokens", "fp32")
+    assert size("embed_tokens", "int8") < 0.33 * size("embed_tokens", "fp32")  # a quarter, and 4 bytes for every 32
     assert size("decoder_model_merged", "int8") < 0.6 * size("decoder_model_merged", "fp32")
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,16 +11,19 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from PIL import Image
 
 from switchkd.cli.main import main
+from switchkd.export import weight_only
 from switchkd.export.assembly import export_checkpoint
 from switchkd.export.bundle import DECODER, GRAPHS, MANIFEST, Bundle
-from switchkd.export.four_bit_table import table_of_4_bits
+from switchkd.export.embedding_tables import table_of_4_bits, table_of_8_bits
 from switchkd.export.onnx_graph import OnnxGraph, Storage, unload
 from switchkd.export.parity import Expected, SamplePrompt, compare, record, sample_prompts
 from switchkd.export.precisions import PRECISIONS, Bounds
 from switchkd.export.verification import GraphRunner, ValuesError, exercise
+from switchkd.export.weight_only import dynamic
 from switchkd.serve import Engine
 
 SUFFIXES = {
@@ -151,20 +155,74 @@ def test_all_constant_matrices_are_quantised(bundle: Path, precision: str, produ
         assert constant == []
 
 
-@pytest.mark.parametrize("width", [32, 40, 64])
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_a_table_of_4_bits_looks_up_the_nearest_of_sixteen_steps(width: int, dtype: type[np.floating]) -> None:
-    table_VD = np.random.default_rng(0).normal(size=(5000, width)).astype(dtype)
-    table_VD[7] = 0
+def look_up(table_VD: np.ndarray) -> onnx.ModelProto:
+    """A model that looks up rows of a table."""
     ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "time"])
-    onnx_type = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    rows = helper.make_tensor_value_info("rows", onnx_type, ["batch", "time", width])
+    onnx_type = helper.np_dtype_to_tensor_dtype(table_VD.dtype)
+    rows = helper.make_tensor_value_info("rows", onnx_type, ["batch", "time", table_VD.shape[1]])
     node = helper.make_node("Gather", ["table", "ids"], ["rows"])
     constant = numpy_helper.from_array(table_VD, "table")
     opsets = [helper.make_opsetid("", 20)]
     model = helper.make_model(helper.make_graph([node], "g", [ids], [rows], [constant]), opset_imports=opsets)
     model.ir_version = 10
-    session = onnxruntime.InferenceSession(table_of_4_bits(model).SerializeToString())
+    return model
+
+
+@pytest.mark.parametrize("weight_type", [QuantType.QInt8, QuantType.QUInt8])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_table_of_8_bits_looks_up_rows_each_to_its_own_scale(
+    weight_type: QuantType, dtype: type[np.floating]
+) -> None:
+    table_VD = np.random.default_rng(0).normal(size=(5000, 40)).astype(dtype)
+    table_VD[7] = 0
+    table_VD[4097] *= 1000  # in a scale for all rows no other would be seen
+    model = table_of_8_bits(weight_type)(look_up(table_VD))
+    numbers = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("table"))
+    assert numpy_helper.to_array(numbers).dtype == (np.int8 if weight_type == QuantType.QInt8 else np.uint8)
+    ids_BT = np.array([[0, 4999, 7], [4097, 4095, 4096]])
+    got_BTD = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"ids": ids_BT})[0]
+    wanted_BTD = table_VD[ids_BT]
+    assert got_BTD.dtype == dtype
+    step_BT1 = np.abs(wanted_BTD).max(-1, keepdims=True).astype(np.float32) / 127
+    rounding = 0.1 if dtype == np.float16 else 0.001  # of the product, 127 steps of which are stored in 11 bits
+    assert (np.abs(got_BTD.astype(np.float32) - wanted_BTD) <= step_BT1 * (0.5 + rounding)).all()
+    assert (got_BTD[0, 2] == 0).all()
+
+
+@pytest.mark.parametrize("weight_type", [QuantType.QInt8, QuantType.QUInt8])
+def test_a_wide_matrix_is_quantised_a_few_columns_at_a_time(
+    weight_type: QuantType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tool holds what it is given eight times over, and a vocabulary's matrix is the largest of a model."""
+    matrix_KM = np.random.default_rng(0).normal(size=(16, 11)).astype(np.float32)
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "time", 16])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "time", 11])
+    node = helper.make_node("MatMul", ["x", "matrix"], ["y"], name="product")
+    constant = numpy_helper.from_array(matrix_KM, "matrix")
+    graph = helper.make_graph([node], "g", [given], [result], [constant])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    whole = dynamic(weight_type)(model)
+    widths = []
+
+    def spied(part: onnx.ModelProto, *args: Any, **kwargs: Any) -> None:
+        widths.append(part.graph.initializer[0].dims[1])
+        quantize_dynamic(part, *args, **kwargs)
+
+    monkeypatch.setattr(weight_only, "quantize_dynamic", spied)
+    assert dynamic(weight_type, columns=4)(model) == whole
+    assert widths == [4, 4, 3]
+    x_BTK = np.random.default_rng(1).normal(size=(2, 3, 16)).astype(np.float32)
+    got_BTM = onnxruntime.InferenceSession(whole.SerializeToString()).run(None, {"x": x_BTK})[0]
+    np.testing.assert_allclose(got_BTM, x_BTK @ matrix_KM, atol=0.2)
+    assert model.graph.initializer[0] == constant
+
+
+@pytest.mark.parametrize("width", [32, 40, 64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_table_of_4_bits_looks_up_the_nearest_of_sixteen_steps(width: int, dtype: type[np.floating]) -> None:
+    table_VD = np.random.default_rng(0).normal(size=(5000, width)).astype(dtype)
+    table_VD[7] = 0
+    session = onnxruntime.InferenceSession(table_of_4_bits(look_up(table_VD)).SerializeToString())
     ids_BT = np.array([[0, 4999, 7], [4097, 4095, 4096]])
     got_BTD = session.run(None, {"ids": ids_BT})[0]
     wanted_BTD = table_VD[ids_BT]
