@@ -219,6 +219,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write what was found here too")
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         checkpoint, out = Path(folder) / "checkpoint", Path(folder) / "bundle"
         # A process for each: what making the weights took does not count, nor the export's memory for verification.
