@@ -31,23 +31,13 @@ def table_of_8_bits(weight_type: QuantType) -> Tool:
 
     def tool(model: onnx.ModelProto) -> onnx.ModelProto:
         rewriting = _Rewriting(model, "8_bits")
-        table_VD = numpy_helper.to_array(model.graph.initializer[0])
-        numbers_VD = np.empty(table_VD.shape, dtype=np.uint8 if offset else np.int8)
-        scales_V = np.empty(len(table_VD), dtype=table_VD.dtype)
-        for start in range(0, len(table_VD), _ROWS):
-            part = slice(start, start + _ROWS)
-            some_VD = table_VD[part].astype(np.float32)
-            scales_V[part] = np.abs(some_VD).max(1) / _LARGEST_OF_8_BITS
-            # The scale as it is stored: by a float16 rounded down the largest number would pass the last step.
-            scales_V1 = np.where(scales_V[part] == 0, 1, scales_V[part]).astype(np.float32)[:, None]
-            steps_VD = np.clip(np.rint(some_VD / scales_V1), -_LARGEST_OF_8_BITS, _LARGEST_OF_8_BITS)
-            numbers_VD[part] = (steps_VD + offset).astype(numbers_VD.dtype)
+        numbers_VD, scales_V = _quantize_rows(rewriting.table_VD, offset)
         rewriting.constants = {"table": numbers_VD, "scales": scales_V, "last_axis": np.array([-1])}
         rewriting.op("Gather", "rows", "table", rewriting.ids)
         rewriting.op("Cast", "numbers", "rows", to=rewriting.float_type)
         centred = "numbers"
         if offset:
-            rewriting.constants["zero_point"] = np.array(offset, dtype=table_VD.dtype)
+            rewriting.constants["zero_point"] = np.array(offset, dtype=rewriting.table_VD.dtype)
             rewriting.op("Sub", "centred", "numbers", "zero_point")
             centred = "centred"
         rewriting.op("Gather", "scale", "scales", rewriting.ids)
@@ -61,7 +51,7 @@ def table_of_8_bits(weight_type: QuantType) -> Tool:
 def table_of_4_bits(model: onnx.ModelProto) -> onnx.ModelProto:
     """The one-node model of a Gather with its table in 4 bits, a scale and a zero point for every 32 numbers."""
     rewriting = _Rewriting(model, "4_bits")
-    table_VD = numpy_helper.to_array(model.graph.initializer[0])
+    table_VD = rewriting.table_VD
     packed_VH, zeros_VN1, scales_VN1 = _quantize_blocks(table_VD)
     blocks, width = scales_VN1.shape[1], table_VD.shape[1]
     op, ids, float_type = rewriting.op, rewriting.ids, rewriting.float_type
@@ -103,6 +93,7 @@ class _Rewriting:
         self._nodes: list[onnx.NodeProto] = []
         self.ids = self._node.input[1]
         self.float_type = model.graph.initializer[0].data_type
+        self.table_VD = numpy_helper.to_array(model.graph.initializer[0])
         self.constants: dict[str, npt.NDArray[Any]] = {}
 
     def op(self, kind: str, output: str, *inputs: str, **attributes: Any) -> None:
@@ -116,6 +107,21 @@ class _Rewriting:
         self._nodes[-1].output[0] = self._node.output[0]
         tensors = [numpy_helper.from_array(array, f"{self._prefix}{name}") for name, array in self.constants.items()]
         return model_like(self._given, self._nodes, self._given.graph.input[0], self._given.graph.output[0], tensors)
+
+
+def _quantize_rows(table_VD: Floats, offset: int) -> tuple[npt.NDArray[np.integer], Floats]:
+    """Numbers around `offset`, and a scale for every row."""
+    numbers_VD: npt.NDArray[np.integer] = np.empty(table_VD.shape, dtype=np.uint8 if offset else np.int8)
+    scales_V = np.empty(len(table_VD), dtype=table_VD.dtype)
+    for start in range(0, len(table_VD), _ROWS):
+        part = slice(start, start + _ROWS)
+        some_VD = table_VD[part].astype(np.float32)
+        scales_V[part] = np.abs(some_VD).max(1) / _LARGEST_OF_8_BITS
+        # The scale as it is stored: by a float16 rounded down the largest number would pass the last step.
+        scales_V1 = np.where(scales_V[part] == 0, 1, scales_V[part]).astype(np.float32)[:, None]
+        steps_VD = np.clip(np.rint(some_VD / scales_V1), -_LARGEST_OF_8_BITS, _LARGEST_OF_8_BITS)
+        numbers_VD[part] = (steps_VD + offset).astype(numbers_VD.dtype)
+    return numbers_VD, scales_V
 
 
 def _quantize_blocks(table_VD: Floats) -> tuple[Numbers, Numbers, Floats]:

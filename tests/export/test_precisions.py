@@ -155,17 +155,19 @@ def test_all_constant_matrices_are_quantised(bundle: Path, precision: str, produ
         assert constant == []
 
 
+def of_one_node(op_type: str, given: onnx.ValueInfoProto, constant: np.ndarray) -> onnx.ModelProto:
+    """A model of one operator with its constant matrix."""
+    inputs = [given.name, "matrix"] if op_type == "MatMul" else ["matrix", given.name]
+    node = helper.make_node(op_type, inputs, ["rows"], name="product")
+    onnx_type = helper.np_dtype_to_tensor_dtype(constant.dtype)
+    rows = helper.make_tensor_value_info("rows", onnx_type, ["batch", "time", constant.shape[1]])
+    graph = helper.make_graph([node], "g", [given], [rows], [numpy_helper.from_array(constant, "matrix")])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
 def look_up(table_VD: np.ndarray) -> onnx.ModelProto:
     """A model that looks up rows of a table."""
-    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "time"])
-    onnx_type = helper.np_dtype_to_tensor_dtype(table_VD.dtype)
-    rows = helper.make_tensor_value_info("rows", onnx_type, ["batch", "time", table_VD.shape[1]])
-    node = helper.make_node("Gather", ["table", "ids"], ["rows"])
-    constant = numpy_helper.from_array(table_VD, "table")
-    opsets = [helper.make_opsetid("", 20)]
-    model = helper.make_model(helper.make_graph([node], "g", [ids], [rows], [constant]), opset_imports=opsets)
-    model.ir_version = 10
-    return model
+    return of_one_node("Gather", helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "time"]), table_VD)
 
 
 @pytest.mark.parametrize("weight_type", [QuantType.QInt8, QuantType.QUInt8])
@@ -196,11 +198,7 @@ def test_a_wide_matrix_is_quantised_a_few_columns_at_a_time(
     """The tool holds what it is given eight times over, and a vocabulary's matrix is the largest of a model."""
     matrix_KM = np.random.default_rng(0).normal(size=(16, 11)).astype(np.float32)
     given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "time", 16])
-    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "time", 11])
-    node = helper.make_node("MatMul", ["x", "matrix"], ["y"], name="product")
-    constant = numpy_helper.from_array(matrix_KM, "matrix")
-    graph = helper.make_graph([node], "g", [given], [result], [constant])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    model = of_one_node("MatMul", given, matrix_KM)
     whole = dynamic(weight_type)(model)
     widths = []
 
@@ -214,7 +212,7 @@ def test_a_wide_matrix_is_quantised_a_few_columns_at_a_time(
     x_BTK = np.random.default_rng(1).normal(size=(2, 3, 16)).astype(np.float32)
     got_BTM = onnxruntime.InferenceSession(whole.SerializeToString()).run(None, {"x": x_BTK})[0]
     np.testing.assert_allclose(got_BTM, x_BTK @ matrix_KM, atol=0.2)
-    assert model.graph.initializer[0] == constant
+    assert model.graph.initializer[0] == numpy_helper.from_array(matrix_KM, "matrix")
 
 
 @pytest.mark.parametrize("width", [32, 40, 64])
