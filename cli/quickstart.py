@@ -153,12 +153,13 @@ def _train(plan: Plan, arm: str, seed: int, clock: Clock) -> None:
 
 def _export(plan: Plan, clock: Clock) -> None:
     from switchkd.export.assembly import export_checkpoint
-    from switchkd.export.bundle import FORMAT_VERSION, sha256
+    from switchkd.export.bundle import INT7, sha256
+    from switchkd.export.manifest import FORMAT_VERSION
     from switchkd.export.mixing import MixOptions
 
     bundle, marker = plan.out / "bundle", plan.out / "bundle.source.json"
     weights = sha256(plan.out / "student_switch_kd" / "model.safetensors")
-    source = {"weights": weights, "format_version": FORMAT_VERSION}
+    source = {"weights": weights, "format_version": FORMAT_VERSION, "integer_weights": INT7}
     if marker.is_file() and json.loads(marker.read_text()) == source and (bundle / "manifest.json").is_file():
         return
     shutil.rmtree(bundle, ignore_errors=True)

@@ -42,7 +42,7 @@ from .reference import TorchReference
 from .speed import measure_variants
 from .variants import Variants
 from .verification import GraphRunner, exercise
-from .weight_only import round_activations
+from .weight_only import integer_weights, round_activations
 
 DEFAULT_PRECISIONS = ("fp32", "int8")
 # What `--decoder` names. With both, the portable one has the name by which transformers.js finds it.
@@ -285,7 +285,16 @@ def _write_graphs(
                 data = tuple(f"onnx/{name}" for name in graph.write(bundle / file, plan.storage))
                 inputs, outputs = description.tensors(precision.cache_dtype)
                 graphs.append(
-                    GraphFile(description.name, precision.name, description.form, file, data, inputs, outputs)
+                    GraphFile(
+                        description.name,
+                        precision.name,
+                        description.form,
+                        file,
+                        data,
+                        inputs,
+                        outputs,
+                        integer_weights(graph),
+                    )
                 )
     return tuple(graphs)
 

@@ -16,6 +16,8 @@ import onnx_ir as ir
 from onnx_ir.external_data import convert_tensors_to_external
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from .onnx_wire import head
+
 MAX_PROTOBUF_BYTES = 2**31 - 2**20  # the format's own limit, less the graph around the weights
 _SMALL = 1024  # bytes; shapes and the like stay inside: tools look at them
 _LARGE = 2**26  # bytes; memory that is worth a search for what can be freed
@@ -125,23 +127,14 @@ def _save_whole(model: ir.Model, path: Path) -> None:
     for name, tensor in large.items():
         assert tensor is not None
         plain = onnx.TensorProto(name=name, data_type=tensor.dtype, dims=tensor.shape.numpy())
-        raw_data = plain.SerializeToString() + _field(9, tensor.nbytes)
-        heads.append((_field(5, len(raw_data) + tensor.nbytes) + raw_data, tensor))  # GraphProto.initializer
+        raw_data = plain.SerializeToString() + head(9, tensor.nbytes)
+        heads.append((head(5, len(raw_data) + tensor.nbytes) + raw_data, tensor))  # GraphProto.initializer
     with path.open("wb") as file:
         file.write(proto.SerializeToString())
-        file.write(_field(7, len(graph) + sum(len(head) + tensor.nbytes for head, tensor in heads)) + graph)
-        for head, tensor in heads:
-            file.write(head)
+        file.write(head(7, len(graph) + sum(len(start) + tensor.nbytes for start, tensor in heads)) + graph)
+        for start, tensor in heads:
+            file.write(start)
             tensor.tofile(file)  # type: ignore[attr-defined]  # every tensor of onnx_ir has it, its protocol not yet
-
-
-def _field(number: int, size: int) -> bytes:
-    """How a protobuf announces field `number` and the bytes that follow."""
-    varint = bytearray([number << 3 | 2])
-    while size > 0x7F:
-        varint.append(size & 0x7F | 0x80)
-        size >>= 7
-    return bytes(varint) + bytes([size])
 
 
 def _bytes(value: ir.Value) -> int:

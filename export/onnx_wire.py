@@ -1,7 +1,7 @@
 """Looks into an ONNX file without running, loading or trusting it: which operators it uses, and which files it names.
 
 Reads the few fields of the protobuf that matter here (numbers from onnx.proto) and steps over all others, weights
-included, so that a board needs neither the onnx package nor the time to read them.
+included, so that a board needs neither the onnx package nor the time to read them. Spells fields, too.
 """
 
 import mmap
@@ -92,3 +92,26 @@ def _varint(content: mmap.mmap, start: int, end: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, start + place + 1
     raise OnnxWireError("not a protobuf: a number of more than ten bytes")
+
+
+def head(field_number: int, size: int) -> bytes:
+    """How a protobuf announces a field of so many bytes that follow."""
+    return _spelled(field_number << 3 | 2) + _spelled(size)
+
+
+def field(field_number: int, content: bytes) -> bytes:
+    """A field of bytes: a text, a message."""
+    return head(field_number, len(content)) + content
+
+
+def number(field_number: int, value: int) -> bytes:
+    """A field of a whole number, 0 or more."""
+    return _spelled(field_number << 3) + _spelled(value)
+
+
+def _spelled(value: int) -> bytes:
+    varint = bytearray()
+    while value > 0x7F:
+        varint.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*varint, value])

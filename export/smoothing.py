@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx import numpy_helper
 
 from .activations import Activations, Floats
+from .integer_products import LARGEST_INT7
 from .onnx_graph import OnnxGraph
 from .weight_only import constant_matrices
 
@@ -158,8 +159,8 @@ def _as_uint8(rows_RK: Floats) -> Floats:
 
 
 def _as_int8(matrix_KM: Floats) -> Floats:
-    """What is left of a matrix in 255 steps for each column, symmetric around 0."""
-    scale_M = np.abs(matrix_KM).max(axis=0) / 127
+    """What is left of a matrix in 129 steps for each column, symmetric around 0: int8 weights keep to 7 bits."""
+    scale_M = np.abs(matrix_KM).max(axis=0) / LARGEST_INT7
     scale_M[scale_M == 0] = 1
     rounded: Floats = np.rint(matrix_KM / scale_M) * scale_M
     return rounded

@@ -17,6 +17,7 @@ import onnxruntime
 
 from .bundle import VISION_ENCODER, Manifest
 from .parity import SamplePrompt
+from .processor import processor_features, processor_name
 from .verification import Array, Cache, GraphRunner
 
 ROUNDS = 3
@@ -129,16 +130,8 @@ def _median(run: Callable[[], float]) -> float:
 def this_machine() -> dict[str, Any]:
     """What the seconds belong to: processor, how many of it, operating system, version of onnxruntime."""
     return {
-        "processor": _processor(),
+        "processor": ", ".join([processor_name(), *processor_features()]),
         "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "system": f"{platform.system()} {platform.machine()}",
         "onnxruntime": onnxruntime.__version__,
     }
-
-
-def _processor() -> str:
-    """The processor's name; Linux tells it in a file alone."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

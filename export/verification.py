@@ -29,6 +29,7 @@ from .bundle import (
     TensorSpec,
     Variant,
 )
+from .integer_products import make_exact
 
 MAX_PROMPT = 2048  # tokens that go in at once
 MAX_PAST = 4096  # positions before them
@@ -292,6 +293,7 @@ def _open_session(bundle: Bundle, graph: GraphFile) -> onnxruntime.InferenceSess
     # The arena grows in powers of two and gives nothing back: 1.6 GB of a decoder of 2 GB.
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 3  # errors reach us as exceptions; warnings would go to the terminal
+    make_exact(options, graph.integer_weights, bundle.path / graph.file)
     try:
         return onnxruntime.InferenceSession(bundle.path / graph.file, options, providers=["CPUExecutionProvider"])
     except _ORT_ERRORS as error:

@@ -5,18 +5,23 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from .bundle import PORTABLE, Bundle, BundleError, Manifest
+import onnxruntime
+
+from .bundle import INT7, INT8, PORTABLE, Bundle, BundleError, GraphFile, Manifest
 from .checkpoint import Checkpoint, open_checkpoint
 from .graphs import ExportError
+from .integer_products import ASK_FOR_EXACT, make_exact
 from .memory import return_freed_blocks
 from .mobile import check_mobile
+from .onnx_graph import OnnxGraph
 from .ort_files import check_ort_files, has_ort_files
 from .parity import Expected, Pairs, check_pairs, check_scores, compare, record, recorded_pairs
 from .precisions import MIXED, PRECISIONS, precision_of
 from .progress import Steps
 from .prompt import PromptError
 from .reference import TorchReference
-from .verification import GraphRunner, VerificationError, exercise
+from .verification import GraphRunner, ValuesError, VerificationError, exercise
+from .weight_only import integer_weights
 
 ERRORS: tuple[type[Exception], ...] = (BundleError, VerificationError, ExportError, PromptError)
 
@@ -68,6 +73,8 @@ def verify_bundle(
     for precision in manifest.precisions:
         if precision not in (*PRECISIONS, MIXED):
             raise BundleError(f"{path}: precision {precision!r} is unknown to this switchkd; update it")
+    for graph in manifest.graphs:
+        _check_integer_weights(path, graph)
     pairs = recorded_pairs(manifest.verification) if pairs is None else pairs
     check_pairs(pairs)
     if mobile:
@@ -92,7 +99,29 @@ def verify_bundle(
                 check_ort_files(path, run, prompts.first[:3])
                 line += "; .ort files give the same"
         print(line)
+    _say_integers(path, manifest)
     print(f"{path}: verified")
+
+
+def _check_integer_weights(path: Path, graph: GraphFile) -> None:
+    """Raise ValuesError where weights that are said to have 7 bits have more: no session would be asked to be exact."""
+    if graph.integer_weights == INT7 and (found := integer_weights(OnnxGraph.read(path / graph.file))) != INT7:
+        raise ValuesError(
+            f"{graph.file}: the manifest says that its integer products have {INT7} weights, they have {found}; "
+            "export again"
+        )
+
+
+def _say_integers(path: Path, manifest: Manifest) -> None:
+    """Print which precisions rely on the runtime for exact integers, as bundles did before their weights had 7 bits."""
+    risky = {graph.precision: graph for graph in manifest.graphs if graph.integer_weights == INT8}
+    for precision, graph in risky.items():
+        asked = make_exact(onnxruntime.SessionOptions(), graph.integer_weights, path / graph.file)
+        here = "which this processor is: switchkd asks for it" if asked else "which this processor is not"
+        print(
+            f"{precision}: its weights use all of 8 bits, and an x86 processor without VNNI, {here}, answers wrongly "
+            f"unless the session option {ASK_FOR_EXACT} is 1; export again, and every runtime is exact"
+        )
 
 
 def _say_mobile(path: Path, manifest: Manifest) -> None:

@@ -16,6 +16,8 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+from .bundle import INT7, INT8, UINT8, WEIGHTS
+from .integer_products import LARGEST_INT7
 from .onnx_graph import OnnxGraph
 
 Tool = Callable[[onnx.ModelProto], onnx.ModelProto]
@@ -100,9 +102,11 @@ def model_like(
 def dynamic(weight_type: QuantType, columns: int = 4096) -> Tool:
     """8 bit: MatMulInteger of uint8 activations, quantised at run time, and weights per output channel.
 
+    int8 weights keep to 7 bits (`reduce_range`), by which sums are exact on every processor: see integer_products.
     Columns are given to ONNX Runtime's tool so many at a time, for it holds them eight times over. Each has a scale of
     its own, and gets the same numbers.
     """
+    reduce_range = weight_type == QuantType.QInt8
 
     def tool(model: onnx.ModelProto) -> onnx.ModelProto:
         constant, given, result = model.graph.initializer[0], model.graph.input[0], model.graph.output[0]
@@ -115,7 +119,7 @@ def dynamic(weight_type: QuantType, columns: int = 4096) -> Tool:
             part = model_like(model, model.graph.node, given, narrow, [tensor])
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "quantized.onnx"
-                quantize_dynamic(part, path, per_channel=True, weight_type=weight_type)
+                quantize_dynamic(part, path, per_channel=True, reduce_range=reduce_range, weight_type=weight_type)
                 quantized = onnx.load(path).graph
             for made in quantized.initializer:
                 arrays.setdefault(made.name, []).append(onnx.numpy_helper.to_array(made))
@@ -123,6 +127,20 @@ def dynamic(weight_type: QuantType, columns: int = 4096) -> Tool:
         return model_like(model, quantized.node, given, result, tensors)
 
     return tool
+
+
+def integer_weights(graph: OnnxGraph) -> str | None:
+    """The riskiest weights among a graph's integer products (one of WEIGHTS), by their numbers; None without such."""
+    constants, found = graph.constants(), set()
+    for node in graph.proto.graph.node:
+        if node.op_type == "MatMulInteger":
+            numbers = graph.array(constants[node.input[1]])
+            if numbers.dtype == np.uint8:
+                found.add(UINT8)
+            else:
+                small = numbers.min() >= -LARGEST_INT7 and numbers.max() <= LARGEST_INT7
+                found.add(INT7 if small else INT8)
+    return next((weights for weights in WEIGHTS if weights in found), None)
 
 
 def blocks_of_4_bits(*, symmetric: bool, accuracy_level: int = 0) -> Tool:

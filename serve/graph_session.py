@@ -9,6 +9,7 @@ from onnxruntime import OrtValue
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from switchkd.export.bundle import Bundle, BundleError
+from switchkd.export.integer_products import make_exact
 
 # onnxruntime's errors have no common base but Exception.
 _UNUSABLE = (
@@ -33,13 +34,15 @@ class GraphSession:
     def __init__(self, bundle: Bundle, name: str, threads: int | None = None) -> None:
         """Open the graph `name` of a bundle.
 
-        Raises MissingOperatorError where onnxruntime lacks an operator, BundleError where it cannot read the file.
+        Raises MissingOperatorError where onnxruntime lacks an operator, BundleError where it cannot read the file or
+        does not multiply its integers exactly on this processor.
         """
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only: warnings are for those who made the graph
         if threads is not None:
             options.intra_op_num_threads = threads
         graph, path = bundle.graph(name), bundle.graph_path(name)
+        make_exact(options, graph.integer_weights, path)
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except _UNUSABLE as error:

@@ -1,6 +1,10 @@
 """Fixtures that tests of several rooms share: a tiny real LLaVA checkpoint, made here, with random weights."""
 
+import os
+import platform
+import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,3 +182,22 @@ def tiny_tokenizer() -> "PreTrainedTokenizerFast":
         additional_special_tokens=["<|im_start|>", "<image>"],
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+@pytest.fixture(scope="session")
+def avx2_only() -> Iterator[dict[str, str]]:
+    """What to add to a process's environment so that it sees an x86 processor with AVX2 alone.
+
+    Skips where that cannot be: it takes x86 Linux, a C compiler, and a processor that lets CPUID fault.
+    """
+    if platform.system() != "Linux" or platform.machine() != "x86_64" or shutil.which("cc") is None:
+        pytest.skip("an older processor is shown by x86 Linux with a C compiler alone")
+    source = Path(__file__).parent / "processors" / "avx2_only.c"
+    with tempfile.TemporaryDirectory(prefix="avx2-only-") as folder:
+        library = Path(folder) / "avx2_only.so"
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+        environment = {"LD_PRELOAD": str(library)}
+        tried = subprocess.run(["true"], env=os.environ | environment, capture_output=True, text=True, check=False)
+        if tried.stderr or tried.returncode:
+            pytest.skip(f"no older processor can be shown here: {tried.stderr.strip()}")
+        yield environment

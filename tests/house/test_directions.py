@@ -14,17 +14,23 @@ ROOMS = ("cli", "demo", "export", "serve", "training")
 # What the rooms share. It runs on boards without torch, so it may import only itself.
 SHARED = (
     "switchkd.export.bundle",
+    "switchkd.export.integer_products",
     "switchkd.export.json_fields",
+    "switchkd.export.manifest",
     "switchkd.export.onnx_wire",
     "switchkd.export.pixels",
+    "switchkd.export.processor",
     "switchkd.export.prompt",
 )
 TORCH_FREE_FILES = (
     "export/__init__.py",
     "export/bundle.py",
+    "export/integer_products.py",
     "export/json_fields.py",
+    "export/manifest.py",
     "export/onnx_wire.py",
     "export/pixels.py",
+    "export/processor.py",
     "export/prompt.py",
 )
 TORCH_AND_KIN = ("torch", "transformers", "accelerate", "deepspeed", "onnx", "onnxscript", "optimum", "datasets")
