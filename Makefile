@@ -15,12 +15,12 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 JAVASCRIPT := $(VENV)/.installed-javascript
 
-.PHONY: help run install quickstart demo test lint types javascript check format wheel clean clean-all
+.PHONY: help run install quickstart demo test lint types javascript check check-avx2 format wheel clean clean-all
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=...     the Python to build .venv with (3.11 or newer; by default python3.11, python3.12 or python3)"
 	@echo "  OUT=...        where quickstart writes (now: $(OUT))"
@@ -60,6 +60,10 @@ $(JAVASCRIPT): tests/javascript/package-lock.json
 # One thread for each worker: two torch processes with a thread pool each would only push one another off the cores.
 check: $(INSTALLED_DEV) $(JAVASCRIPT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+check-avx2: $(INSTALLED_DEV) $(JAVASCRIPT) ## pytest as on an x86 processor without AVX-512 and VNNI (x86 Linux, with a C compiler)
+	cc -O2 -shared -fPIC -o $(VENV)/avx2_only.so tests/processors/avx2_only.c -ldl
+	LD_PRELOAD=$(CURDIR)/$(VENV)/avx2_only.so OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 format: $(INSTALLED_DEV) ## Let ruff mend what it can
 	$(BIN)/ruff check --fix .

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,19 +40,32 @@ MATRICES = {
     "down": (4864, 896),
     "lm_head": (896, 151_936),
 }
-FORMS: Mapping[str, Tool] = {
-    "level 0": blocks_of_4_bits(symmetric=False),
-    "level 4": blocks_of_4_bits(symmetric=False, accuracy_level=4),
-    "int8": dynamic(QuantType.QInt8),
+
+
+class Form(NamedTuple):
+    """A way to compute a product: what its matrix becomes, and session options."""
+
+    tool: Tool
+    options: Mapping[str, str] = {}  # a tuple's: nobody changes it
+
+
+FORMS = {
+    "level 0": Form(blocks_of_4_bits(symmetric=False)),
+    "level 4": Form(blocks_of_4_bits(symmetric=False, accuracy_level=4)),
+    "int8": Form(dynamic(QuantType.QInt8)),
 }
 
 Array = npt.NDArray[Any]
 
 
-def session(model: onnx.ModelProto | Path, threads: int) -> onnxruntime.InferenceSession:
+def session(
+    model: onnx.ModelProto | Path, threads: int, entries: Mapping[str, str] | None = None
+) -> onnxruntime.InferenceSession:
     """A graph, open."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    for name, value in (entries or {}).items():
+        options.add_session_config_entry(name, value)
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
@@ -75,21 +88,26 @@ def activations(rows: int, width: int, random: np.random.Generator) -> Array:
     return rows_RK
 
 
-def measure_matrix(shape: tuple[int, int], args: argparse.Namespace) -> Iterator[str]:
+def measure_matrix(
+    shape: tuple[int, int], args: argparse.Namespace, forms: Mapping[str, Form] = FORMS
+) -> Iterator[str]:
     """Cells of a matrix's row of the table: times of one row and of a prompt, and errors, in each form."""
+    first = next(iter(forms))
     random = np.random.default_rng(0)
     weight_KN = random.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
     with quiet():
-        sessions = {name: session(tool(product(weight_KN)), args.threads) for name, tool in FORMS.items()}
+        sessions = {
+            name: session(form.tool(product(weight_KN)), args.threads, form.options) for name, form in forms.items()
+        }
     for rows, inner in ((1, args.inner), (args.prompt, 1)):
         if rows > 1 and shape == MATRICES["lm_head"]:  # of a prompt it reads the last row alone
-            yield from ["–"] * len(FORMS)
+            yield from ["–"] * len(forms)
             continue
         x = activations(rows, shape[0], random)[None]
         works = {name: partial(run_often, each, x, inner) for name, each in sessions.items()}
         taken = times_ms(works, args.repeats, torch.device("cpu"))
-        for name in FORMS:
-            ratio = statistics.median(a / b for a, b in zip(taken["level 0"], taken[name], strict=True))
+        for name in forms:
+            ratio = statistics.median(a / b for a, b in zip(taken[first], taken[name], strict=True))
             yield f"{statistics.median(taken[name]) / inner:.2f} (× {ratio:.2f})"
     x = activations(64, shape[0], random)
     expected = x @ weight_KN
@@ -108,7 +126,7 @@ def off(got: Array, expected: Array) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
-def compare_answers(args: argparse.Namespace) -> None:
+def compare_answers(args: argparse.Namespace, forms: Mapping[str, Form] = FORMS) -> None:
     """Print how many tokens of answers to questions differ from float32's, each after the same tokens before it."""
     bundle = Bundle.open(args.bundle, "fp32")
     calibration = read_calibration(bundle, args.questions, args.picture_root, 2 * args.pairs)
@@ -116,27 +134,27 @@ def compare_answers(args: argparse.Namespace) -> None:
     given = list(feeds(GraphRunner(bundle), DECODER, pairs))
     logits: dict[str, Array] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, tool in {"float32": None, **FORMS}.items():
+        for name, form in {"float32": None, **forms}.items():
             graph = OnnxGraph.read(bundle.graph_path(DECODER))
             with quiet():
-                if tool:
-                    quantize(graph, "MatMul", tool)
+                if form:
+                    quantize(graph, "MatMul", form.tool)
                 graph.write(Path(folder) / "decoder.onnx", Storage())
-            opened = session(Path(folder) / "decoder.onnx", args.threads)
+            opened = session(Path(folder) / "decoder.onnx", args.threads, form.options if form else None)
             found = [np.asarray(opened.run(["logits"], feed)[0])[0] for feed in given]
             answers = [rows_TV[len(pair.prompt.ids) - 1 : -1] for rows_TV, pair in zip(found, pairs, strict=True)]
             logits[name] = np.concatenate(answers)
     expected = logits["float32"]
     print(f"\n{len(pairs)} answers, {len(expected)} tokens\n\n| form | error of logits | other tokens than float32 |")
     print("|---|---|---|")
-    for name in FORMS:
+    for name in forms:
         other = int((logits[name].argmax(axis=1) != expected.argmax(axis=1)).sum())
         print(f"| {name} | {off(logits[name], expected):.4f} | {other} |")
 
 
-def main() -> None:
-    """Measure, and print Markdown tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def measure(description: str | None, forms: Mapping[str, Form] = FORMS) -> None:
+    """Read the command's arguments, measure these forms, and print Markdown tables."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", type=int, default=770, help="rows at once (default: %(default)s)")
     parser.add_argument("--inner", type=int, default=5, help="single rows per time taken (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=9)
@@ -150,14 +168,15 @@ def main() -> None:
         parser.error("--bundle and --questions belong together")
     torch.set_num_threads(args.threads)
     print(f"{describe_machine(torch.device('cpu'))}, onnxruntime {onnxruntime.__version__}")
-    print(f"ms, median of {args.repeats} in turns (× level 0's rate in the same round); a prompt of {args.prompt}\n")
-    heads = [f"{what}, {name}" for what in ("token", "prompt", "error") for name in FORMS]
+    first = next(iter(forms))
+    print(f"ms, median of {args.repeats} in turns (× {first}'s rate in the same round); a prompt of {args.prompt}\n")
+    heads = [f"{what}, {name}" for what in ("token", "prompt", "error") for name in forms]
     print(f"| matrix | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}")
     for name, shape in MATRICES.items():
-        print(f"| {name} {shape[0]} × {shape[1]} | {' | '.join(measure_matrix(shape, args))} |", flush=True)
+        print(f"| {name} {shape[0]} × {shape[1]} | {' | '.join(measure_matrix(shape, args, forms))} |", flush=True)
     if args.bundle:
-        compare_answers(args)
+        compare_answers(args, forms)
 
 
 if __name__ == "__main__":
-    main()
+    measure(__doc__)

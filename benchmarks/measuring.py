@@ -4,7 +4,6 @@ import concurrent.futures
 import gc
 import multiprocessing
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,17 +12,20 @@ from typing import Any
 
 import torch
 
+from switchkd.export.processor import processor_features, processor_name
+
 MIB = 2**20
 # Runs a forward and a backward; what it returns is the caller's business.
 Work = Callable[[], Any]
 
 
 def describe_machine(device: torch.device) -> str:
-    """Return what ran the benchmark, in words that name no machine."""
+    """Return what ran the benchmark: the processor, what of its features decides its speed, how much of it."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     threads = torch.get_num_threads()
-    return f"{threads} thread{'s' * (threads > 1)} of a {platform.machine()} CPU, torch {torch.__version__}"
+    processor = ", ".join([processor_name(), *processor_features()])
+    return f"{threads} thread{'s' * (threads > 1)} of {os.cpu_count()} of {processor}, torch {torch.__version__}"
 
 
 def times_ms(works: Mapping[str, Work], repeats: int, device: torch.device) -> dict[str, list[float]]:

@@ -55,7 +55,7 @@ def products_are_exact(weights: str, *, asked: bool = False) -> bool:
     options.intra_op_num_threads = 1  # no pool for a product this small
     if asked:
         options.add_session_config_entry(ASK_FOR_EXACT, "1")
-    session = onnxruntime.InferenceSession(_one_product(weights_KN), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(known_product(weights_KN), options, providers=["CPUExecutionProvider"])
     found = [session.run(None, {"activations": rows})[0] for rows in (activations_MK, activations_MK[:1])]
     expected_MN = activations_MK.astype(np.int32) @ weights_KN.astype(np.int32)
     return bool((found[0] == expected_MN).all() and (found[1] == expected_MN[:1]).all())
@@ -72,7 +72,7 @@ def known_factors(weights: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.i
     return activations_MK, weights_KN.astype(np.uint8 if weights == UINT8 else np.int8)
 
 
-def _one_product(weights_KN: npt.NDArray[np.integer]) -> bytes:
+def known_product(weights_KN: npt.NDArray[np.integer]) -> bytes:
     """A model of one MatMulInteger, spelled as protobuf: a device has no onnx package."""
     weight_type = _UINT8_TYPE if weights_KN.dtype == np.uint8 else _INT8_TYPE
     rows, columns = weights_KN.shape

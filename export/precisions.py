@@ -82,7 +82,8 @@ def _within(relative_rms: float) -> Bounds:
     return Bounds(float("inf"), float("inf"), relative_rms, same_tokens=False)
 
 
-_FAST_8_BIT = "uint8 activations, quantised at run time, × {} weights per output channel; a scale per row of embeddings"
+_FAST_8_BIT = "uint8 activations, quantised at run time, × {} per output channel; a scale per row of embeddings"
+_7_BIT = "int8 weights of 7 bits (exact on every processor)"
 _HALF = (
     "float16 weights, activations and KV cache; a CPU computes most of it in float32, so it is small there, not fast"
 )
@@ -94,8 +95,8 @@ PRECISIONS = {
     for precision in (
         Precision("fp32", "", _unchanged, Bounds(1e-4, 1e-3, 1e-4, same_tokens=True), "as trained"),
         Precision("fp16", "_fp16", _half, _within(0.02), _HALF, "float16"),
-        Precision("int8", "_int8", _int8, _within(0.3), _FAST_8_BIT.format("int8")),
-        Precision("uint8", "_uint8", _uint8, _within(0.3), _FAST_8_BIT.format("uint8")),
+        Precision("int8", "_int8", _int8, _within(0.3), _FAST_8_BIT.format(_7_BIT)),
+        Precision("uint8", "_uint8", _uint8, _within(0.3), _FAST_8_BIT.format("uint8 weights")),
         Precision("q8", "_quantized", _int8, _within(0.3), "`int8` under the name that browsers load by default"),
         Precision("q4", "_q4", _q4, _within(0.6), _4_BIT.format("activations stay float32")),
         Precision("q4f16", "_q4f16", _q4f16, _within(0.6), _4_BIT.format("the rest as in `fp16`"), "float16"),

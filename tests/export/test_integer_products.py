@@ -76,7 +76,7 @@ def test_onnxruntime_is_exact_here_with_seven_bits_with_uint8_and_where_it_is_as
 def test_the_known_model_is_an_onnx_model() -> None:
     for weights in WEIGHTS:
         _, weights_KN = known_factors(weights)
-        model = onnx.load_from_string(integer_products._one_product(weights_KN))
+        model = onnx.load_from_string(integer_products.known_product(weights_KN))
         onnx.checker.check_model(model, full_check=True)
         np.testing.assert_array_equal(numpy_helper.to_array(model.graph.initializer[0]), weights_KN)
 
@@ -158,7 +158,7 @@ def test_products_of_a_bundle_cannot_saturate(bundle: Path, precision: str) -> N
         for node in graph.proto.graph.node:
             if node.op_type != "MatMulInteger":
                 continue
-            weights_KN = graph.array(constants[node.input[1]])
+            weights_KN: Integers = numpy_helper.to_array(constants[node.input[1]])
             products += 1
             if precision == "uint8":
                 assert weights_KN.dtype == np.uint8  # which goes another way, and uses all 8 bits
