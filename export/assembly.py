@@ -17,7 +17,6 @@ from .bundle import (
     GRAPHS,
     MANIFEST,
     PORTABLE,
-    TOKENIZER,
     Bundle,
     FileFacts,
     GraphFile,
@@ -38,6 +37,7 @@ from .parity import PAIRS, Expected, Pairs, SamplePrompt, check_pairs, compare, 
 from .precisions import MIXED, Precision, choose_precisions, dtype_of, precision_of
 from .progress import Progress as Progress
 from .progress import Steps
+from .prompt import write_tokenizer
 from .reference import TorchReference
 from .speed import measure_variants
 from .variants import Variants
@@ -53,12 +53,16 @@ _TOKENIZER_CLASSES = {"qwen2": "Qwen2Tokenizer"}
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export made: the verified bundle, bytes by graph and precision, measured parity, seconds by step."""
+    """What an export made: the verified bundle, bytes by graph and precision, measured parity, seconds by step.
+
+    `notes` are lines about what the checkpoint's files ask for, for people.
+    """
 
     path: Path
     bytes: dict[str, dict[str, int]]
     verification: dict[str, Any]
     seconds: dict[str, float]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def export_checkpoint(
         manifest = _write_bundle(source, bundle, plan, steps)
         sizes = {variant: manifest.graph_bytes(*found) for variant, found in manifest.variants().items()}
         bundle.rename(out)
-    return ExportReport(out, sizes, dict(manifest.verification), steps.seconds)
+    return ExportReport(out, sizes, dict(manifest.verification), steps.seconds, source.notes)
 
 
 def _check_prefill(plan: _Plan) -> None:
@@ -318,12 +322,13 @@ def _transformers_js(graphs: tuple[GraphFile, ...]) -> dict[str, Any]:
 
 def _write_settings(source: Checkpoint, facts: ModelFacts, bundle: Path) -> None:
     """Copy the checkpoint's small files, completed by what transformers.js looks for in them."""
-    shutil.copyfile(source.path / TOKENIZER, bundle / TOKENIZER)
-    generation = {**source.generation_config, "eos_token_id": list(source.eos_token_ids)}
+    write_tokenizer(source.path, bundle)
+    generation = {**source.generation_config, "eos_token_id": list(source.ends.ids)}
     _write_json(bundle / "generation_config.json", generation)
     _write_json(bundle / "processor_config.json", _processor_config(source, facts))
     _write_json(bundle / "preprocessor_config.json", {**source.image_processor, "processor_class": "LlavaProcessor"})
-    tokenizer = {**source.tokenizer_config, "chat_template": source.chat_template}
+    tokenizer = json.loads((bundle / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer["chat_template"] = source.chat_template
     language = source.config.text_config.model_type
     tokenizer["tokenizer_class"] = _TOKENIZER_CLASSES.get(language, tokenizer.get("tokenizer_class"))
     _write_json(bundle / "tokenizer_config.json", tokenizer)

@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .graphs import ExportError, quiet
 from .parity import MAX_NEW_TOKENS, Difference, Expected, SamplePrompt, record
 from .projectors import llava_class
+from .prompt import write_tokenizer
 from .reference import TorchReference
 from .verification import ValuesError
 
@@ -61,6 +62,7 @@ class BnbReport:
     logits_rms: float
     equal_answers: int
     prompts: int
+    note: str | None  # of what ends an answer
 
 
 def export_bnb(checkpoint: Path, out: Path, bits: int, progress: Progress | None = None) -> BnbReport:
@@ -77,7 +79,7 @@ def export_bnb(checkpoint: Path, out: Path, bits: int, progress: Progress | None
         source = open_checkpoint(checkpoint)
         _check_widths(source, bits)
         prompts = sample_source(source)[:4]
-        expected = record(TorchReference(source.model, source.eos_token_ids), prompts)
+        expected = record(TorchReference(source.model, source.ends.ids), prompts)
         source.release()
         tell("quantise", 1, 3)
         _write(source, folder, bits)
@@ -119,12 +121,15 @@ def _write(source: Checkpoint, folder: Path, bits: int) -> None:
         llm_int8_skip_modules=KEPT,
     )
     model = _load(source, source.path, dtype=dtype, quantization_config=config)
+    assert model.generation_config is not None  # transformers makes one of config.json where there is no file
+    model.generation_config.eos_token_id = list(source.ends.ids)
     with quiet():
         model.save_pretrained(folder)
     for file in source.path.iterdir():
         settings = file.suffix in (".json", ".jinja", ".txt") and not file.name.endswith(".index.json")
         if settings and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
+    write_tokenizer(source.path, folder)
 
 
 def _compare(
@@ -140,7 +145,7 @@ def _compare(
     quantised = [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.")]
     if not quantised:
         raise ExportError(f"{source.path}: nothing of it was quantised; its language model has no linear layers")
-    reference = TorchReference(model, source.eos_token_ids)
+    reference = TorchReference(model, source.ends.ids)
     kept, logits = Difference(), Difference()
     found = record(reference, prompts)
     for got, want in zip(found, expected, strict=True):
@@ -161,6 +166,7 @@ def _compare(
         logits_rms=logits.relative_rms,
         equal_answers=sum(got.answer.tokens == want.answer.tokens for got, want in zip(found, expected, strict=True)),
         prompts=len(prompts),
+        note=source.ends.note,
     )
 
 

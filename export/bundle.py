@@ -38,6 +38,7 @@ from .manifest import (
 )
 from .onnx_wire import OnnxWireError, read_names
 from .pixels import PictureError, Preprocessing
+from .prompt import special_tokens
 
 __all__ = [
     "CHAT_TEMPLATE",
@@ -281,11 +282,5 @@ def _read_preprocessing(path: Path) -> Preprocessing:
 
 
 def _read_special_tokens(path: Path) -> dict[str, str]:
-    """Special tokens by the names that chat templates know, like `bos_token`."""
     file = path / "tokenizer_config.json"
-    tokens = {}
-    for key, value in parse_object(_read_text(file), str(file)).items():
-        value = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(value, str):
-            tokens[key] = value
-    return tokens
+    return special_tokens(parse_object(_read_text(file), str(file)))

@@ -19,6 +19,7 @@ from .bundle import DECODER, NUM_LOGITS_TO_KEEP, Bundle
 from .graphs import ExportError
 from .parity import Answer, Difference, SamplePrompt, make_prompt
 from .pixels import PictureError, open_picture, to_pixels
+from .prompt import read_tokenizer
 from .verification import REMEMBERED, Array, GraphRunner, Greedy
 
 PAIRS = 200  # half to calibrate on, half to score on
@@ -69,7 +70,7 @@ def read_calibration(bundle: Bundle, file: Path, picture_root: Path | None = Non
     root = picture_root or file.parent
     if not root.is_dir():
         raise CalibrationError(f"{root}: no such folder of pictures; give --picture-root")
-    tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
+    tokenizer = read_tokenizer(bundle.tokenizer_path)
     chosen = np.unique(np.linspace(0, len(records) - 1, pairs).astype(np.int64)).tolist()
     found = [_read_pair(bundle, tokenizer, records[index], f"{file}: record {index + 1}", root) for index in chosen]
     calibration = Calibration.of(file.name, found)
@@ -153,7 +154,7 @@ def _check_length(bundle: Bundle, pair: Pair, where: str) -> Pair:
 
 def answered_by(runner: GraphRunner, prompts: Sequence[SamplePrompt], max_new_tokens: int) -> Calibration:
     """Pairs of prompts and a model's own greedy answers, for where nobody has given better ones."""
-    tokenizer = Tokenizer.from_file(str(runner.bundle.tokenizer_path))
+    tokenizer = read_tokenizer(runner.bundle.tokenizer_path)
     answers = _answers(runner, [(prompt, max_new_tokens) for prompt in prompts])
     pairs = [
         Pair(prompt, _text(tokenizer, greedy.tokens), greedy.tokens)
@@ -224,7 +225,7 @@ class Reference:
 
 def ask(runner: GraphRunner, pairs: Sequence[Pair]) -> Reference:
     """Let the float32 model answer every pair; raises what `GraphRunner.run` raises."""
-    tokenizer = Tokenizer.from_file(str(runner.bundle.tokenizer_path))
+    tokenizer = read_tokenizer(runner.bundle.tokenizer_path)
     answers, seconds, right = [], [], 0
     for pair, (greedy, took) in zip(pairs, _answers(runner, _asked(runner, pairs)), strict=True):
         answers.append(Answer.of(greedy))
@@ -238,7 +239,7 @@ def score(runner: GraphRunner, pairs: Sequence[Pair], reference: Reference) -> S
 
     Raises what `GraphRunner.run` raises.
     """
-    tokenizer = Tokenizer.from_file(str(runner.bundle.tokenizer_path))
+    tokenizer = read_tokenizer(runner.bundle.tokenizer_path)
     difference, partings, seconds, right = Difference(), [], [], 0
     answers = _answers(runner, _asked(runner, pairs))
     for pair, expected, (got, took) in zip(pairs, reference.answers, answers, strict=True):

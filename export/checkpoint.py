@@ -12,11 +12,14 @@ from tokenizers import Tokenizer
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
+from .answer_ends import AnswerEnds
 from .bundle import CacheShape, ModelFacts
 from .fused_decoder import ROTARY_TYPES
+from .generation_settings import GenerationError, GenerationSettings, not_obeyed
 from .graphs import ExportError, quiet
 from .pixels import PictureError, Preprocessing
 from .projectors import ProjectorError, check_projector, llava_class, projector_type
+from .prompt import TokenizerError, read_tokenizer, special_tokens
 
 VISION_TYPES = ("siglip_vision_model", "clip_vision_model")
 LANGUAGE_TYPES = ("qwen2", "llama")
@@ -34,6 +37,7 @@ class Checkpoint:
     image_processor: dict[str, Any]
     generation_config: dict[str, Any]
     chat_template: str
+    ends: AnswerEnds
 
     def release(self) -> None:
         """Give the weights' memory back; the model cannot run any more.
@@ -59,7 +63,7 @@ class Checkpoint:
             image_token_id=self.config.image_token_id,
             tokens_per_picture=features.shape[0],
             picture_shape=picture_shape,
-            eos_token_ids=self.eos_token_ids,
+            eos_token_ids=self.ends.ids,
             vocab_size=text.vocab_size,
             hidden_size=text.hidden_size,
             max_positions=text.max_position_embeddings,
@@ -94,14 +98,12 @@ class Checkpoint:
         return str(token)
 
     @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer; raises ExportError if there are none."""
-        found = self.generation_config.get("eos_token_id")
-        if found is None:
-            found = self.config.text_config.eos_token_id
-        if found is None:
-            raise ExportError(f"{self.path}: no eos_token_id in generation_config.json or config.json; set one")
-        return (found,) if isinstance(found, int) else tuple(found)
+    def notes(self) -> tuple[str, ...]:
+        """What whoever exports should know of the answers, a line for each."""
+        left = not_obeyed(self.generation_config)
+        rest = ", ".join(f"{name} {json.dumps(value)}" for name, value in left.items())
+        asked = f"generation_config.json asks for {rest}: switchkd.serve does not do that" if left else None
+        return tuple(note for note in (self.ends.note, asked) if note is not None)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -119,15 +121,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except PictureError as error:
         raise ExportError(f"{path}: {error}") from error
     tokenizer_config = _read_json(path / "tokenizer_config.json")
+    tokenizer = _load_tokenizer(path / "tokenizer.json")
+    template = _chat_template(path, tokenizer_config)
+    generation_config = _read_generation_config(path / "generation_config.json")
+    text: Any = config.text_config
+    ends = AnswerEnds.of(path, generation_config, text, tokenizer, template, special_tokens(tokenizer_config))
     checkpoint = Checkpoint(
         path=path,
         model=_load_model(path, config),
-        tokenizer=_load_tokenizer(path / "tokenizer.json"),
+        tokenizer=tokenizer,
         tokenizer_config=tokenizer_config,
         processor_config=processor_config,
         image_processor=image_processor,
-        generation_config=_read_json(path / "generation_config.json", optional=True),
-        chat_template=_chat_template(path, tokenizer_config),
+        generation_config=generation_config,
+        chat_template=template,
+        ends=ends,
     )
     _check_sizes(checkpoint, preprocessing)
     return checkpoint
@@ -256,9 +264,18 @@ def _load_tokenizer(file: Path) -> Tokenizer:
     if not file.is_file():
         raise ExportError(f"{file}: missing; save the tokenizer in its fast form")
     try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception and nothing more exact
-        raise ExportError(f"{file}: not a tokenizer ({error}); save the tokenizer again") from error
+        return read_tokenizer(file)
+    except TokenizerError as error:
+        raise ExportError(f"{error}; save the tokenizer again") from error
+
+
+def _read_generation_config(file: Path) -> dict[str, Any]:
+    config = _read_json(file, optional=True)
+    try:
+        GenerationSettings.from_config(config)
+    except GenerationError as error:
+        raise ExportError(f"{file}: {error}") from error
+    return config
 
 
 def _chat_template(path: Path, tokenizer_config: dict[str, Any]) -> str:

@@ -158,6 +158,8 @@ def run(args: argparse.Namespace) -> int:
         print(line)
     if search := report.verification.get(MIXED, {}).get("search"):
         _show_search(search)
+    for note in report.notes:
+        print(f"note: {note}")
     print(f"{report.path}: verified, made in {sum(report.seconds.values()):.0f} s")
     return 0
 
@@ -193,6 +195,8 @@ def _show_row(name: str, row: Mapping[str, Any], base: Mapping[str, Any]) -> Non
 
 def _export_bnb(args: argparse.Namespace) -> None:
     report = export_bnb(args.checkpoint, args.out, args.bits, progress=show_progress)
+    if report.note is not None:
+        print(f"note: {report.note}")
     print(
         f"{report.path}: {report.bytes / 1e6:.2f} MB in place of {report.bytes_before / 1e6:.2f} MB, logits off by "
         f"{report.logits_rms:.1e}, {report.equal_answers} of {report.prompts} greedy answers equal"

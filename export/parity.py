@@ -18,7 +18,7 @@ from .graphs import ExportError
 from .json_fields import Reader
 from .pixels import to_pixels
 from .precisions import Bounds
-from .prompt import expand_image_token, render_chat
+from .prompt import PromptEncoder, read_tokenizer
 from .questions import FIRST, MORE, further_question
 from .verification import (
     MAX_PAST,
@@ -184,7 +184,7 @@ class Difference:
 
 def sample_prompts(bundle: Bundle, *, full: bool = False) -> list[SamplePrompt]:
     """Prompts of several lengths with pictures, the same every time; `full` adds long ones."""
-    tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
+    tokenizer = read_tokenizer(bundle.tokenizer_path)
     random = np.random.default_rng(0)
     prompts = [_sample(bundle, tokenizer, pictures, question, random) for pictures, question in FIRST]
     if full:
@@ -212,7 +212,7 @@ class Pairs(Collection[SamplePrompt]):
         self.first = sample_prompts(bundle, full=full)
         self.further = max(0, count - len(self.first))
         self._bundle = bundle
-        self._tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
+        self._tokenizer = read_tokenizer(bundle.tokenizer_path)
 
     def __len__(self) -> int:
         return len(self.first) + self.further
@@ -245,14 +245,8 @@ def make_prompt(bundle: Bundle, tokenizer: Tokenizer, question: str, pixels_PCHW
     """A question about pictures in the bundle's chat template; raises PromptError and VerificationError."""
     pictures = 0 if pixels_PCHW is None else len(pixels_PCHW)
     content: list[dict[str, str]] = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
-    text = render_chat(
-        bundle.chat_template,
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        special_tokens=bundle.special_tokens,
-    )
-    text = expand_image_token(text, bundle.model.image_token, bundle.model.tokens_per_picture)
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    encoder = PromptEncoder.of(bundle, tokenizer)
+    ids = encoder.ids(encoder.render([{"role": "user", "content": content}]))
     expected = pictures * bundle.model.tokens_per_picture
     if ids.count(bundle.model.image_token_id) != expected:
         raise VerificationError(

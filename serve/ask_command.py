@@ -27,9 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", metavar="QUESTION", help="what to ask about it")
     parser.add_argument("--precision", help="which of the bundle's precisions (default: its first)")
     parser.add_argument("--threads", type=int, help="threads to compute with (default: one a core)")
-    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens up to P")
+    own = "default: the bundle's generation_config.json, or"
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"{own} {MAX_NEW_TOKENS}")
+    parser.add_argument("--temperature", type=float, metavar="T", help=f"0 is greedy ({own} 0)")
+    parser.add_argument("--top-k", type=int, metavar="K", help=f"keep the K likeliest tokens ({own} all)")
+    parser.add_argument("--top-p", type=float, metavar="P", help=f"keep the likeliest tokens up to P ({own} 1: all)")
     parser.add_argument("--seed", type=int, help="repeat a random answer")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
     parser.add_argument("--timing", action="store_true", help="say on stderr where the time went, terminal or not")
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer one question; the errors in ERRORS are for people."""
-    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    sampling = Sampling(args.temperature, args.top_p, args.seed, args.top_k)
     engine = Engine.open(args.bundle, args.precision, args.threads)
     stream = engine.stream(args.question, [args.picture], max_new_tokens=args.max_new_tokens, sampling=sampling)
     for piece in stream:

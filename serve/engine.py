@@ -13,12 +13,16 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from switchkd.export.bundle import Bundle, BundleError
+from switchkd.export.generation_settings import GenerationError, GenerationSettings
+from switchkd.export.json_fields import parse_object
+from switchkd.export.prompt import TokenizerError, read_tokenizer
 
 from .conversation import ConversationError, Message, PromptTokens, to_messages
 from .decoder import Decoder, Floats
 from .picture_encoder import Picture, PictureEncoder, Pixels
 from .sampling import Sampler, Sampling
 from .text_stream import TextStream
+from .token_rules import TokenRules
 
 MAX_NEW_TOKENS = 256
 
@@ -70,7 +74,9 @@ class AnswerStream(Iterator[str]):
     def __init__(self, engine: "Engine", request: _Request) -> None:
         self._engine = engine
         self._request = request
-        self._sampler = Sampler(request.sampling)
+        self._sampler = Sampler(request.sampling, engine.settings)
+        model = engine.bundle.model
+        self._rules = TokenRules(engine.settings, request.prompt, model.eos_token_ids, model.vocab_size)
         self._text = TextStream(engine.tokenizer)
         self._tokens: list[int] = []
         self._seconds = {"encode": request.opening, "prefill": 0.0, "decode": 0.0}
@@ -96,8 +102,7 @@ class AnswerStream(Iterator[str]):
         start = perf_counter()
         features = [self._engine.encoder.encode(pixels_CHW) for pixels_CHW in self._request.pictures]
         start = self._spend("encode", start)
-        logits_V = decoder.read(self._engine.place_pictures(self._request.prompt, features), cache)
-        token = self._sampler.choose(logits_V)
+        token = self._choose(decoder.read(self._engine.place_pictures(self._request.prompt, features), cache))
         self._spend("prefill", start)
         while token not in self._engine.bundle.model.eos_token_ids:
             self._tokens.append(token)
@@ -107,12 +112,15 @@ class AnswerStream(Iterator[str]):
                 self._finish_reason = "length"
                 break
             start = perf_counter()
-            token = self._sampler.choose(decoder.read(decoder.embed([token]), cache))
+            token = self._choose(decoder.read(decoder.embed([token]), cache))
             self._spend("decode", start)
         else:
             self._finish_reason = "stop"
         if piece := self._text.finish():
             yield piece
+
+    def _choose(self, logits_V: Floats) -> int:
+        return self._sampler.choose(self._rules.apply(logits_V, self._tokens))
 
     def _spend(self, part: str, start: float) -> float:
         now = perf_counter()
@@ -128,6 +136,7 @@ class Engine:
             raise ConversationError(f"threads is {threads}, expected 1 or more")
         self.bundle = bundle
         self.tokenizer = _read_tokenizer(bundle)
+        self.settings = _read_settings(bundle)
         self.encoder = PictureEncoder(bundle, threads)
         self.decoder = Decoder(bundle, threads, prefill=prefill)
         self._prompt = PromptTokens(bundle, self.tokenizer)
@@ -149,14 +158,17 @@ class Engine:
         question: str | Sequence[Message],
         pictures: Sequence[Picture] = (),
         *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
     ) -> AnswerStream:
         """Check a question (or chat messages whose image parts are `pictures`, in order) and answer it piece by piece.
 
-        Greedy unless `sampling` says otherwise; ends at an end token, after `max_new_tokens` or where the model's
-        context is full. Raises PictureError, PromptError or ConversationError before the first piece.
+        The bundle's generation_config.json is obeyed where `sampling` and `max_new_tokens` do not say otherwise; where
+        it says nothing the answer is greedy, of MAX_NEW_TOKENS at most. It ends earlier at an end token, or where the
+        model's context is full. Raises PictureError, PromptError or ConversationError before the first piece.
         """
+        if max_new_tokens is None:
+            max_new_tokens = self.settings.max_new_tokens or MAX_NEW_TOKENS
         if max_new_tokens < 1:
             raise ConversationError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
         messages = to_messages(question, len(pictures))
@@ -179,7 +191,7 @@ class Engine:
         question: str | Sequence[Message],
         pictures: Sequence[Picture] = (),
         *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
     ) -> Answer:
         """Answer at once: the arguments and errors of `stream`."""
@@ -199,6 +211,14 @@ class Engine:
 
 def _read_tokenizer(bundle: Bundle) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(bundle.tokenizer_path))
-    except Exception as error:  # tokenizers raises bare Exception for every bad file
-        raise BundleError(f"{bundle.tokenizer_path}: no tokenizer ({error}); copy the bundle again") from error
+        return read_tokenizer(bundle.tokenizer_path)
+    except TokenizerError as error:
+        raise BundleError(f"{error}; copy the bundle again") from error
+
+
+def _read_settings(bundle: Bundle) -> GenerationSettings:
+    file = bundle.path / "generation_config.json"
+    try:
+        return GenerationSettings.from_config(parse_object(file.read_text(encoding="utf-8"), str(file)))
+    except (OSError, UnicodeDecodeError, GenerationError) as error:
+        raise BundleError(f"{file}: {error}, or export again") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from switchkd.export.prompt import PromptError, render_chat
 
@@ -32,24 +32,6 @@ def reading_parts(template: str, special_tokens: Mapping[str, str], image_token:
         return template
     led = _PARTS_TO_TEXT.replace("IMAGE_TOKEN", image_token) + template
     return led if _reads_parts(led, special_tokens) else template
-
-
-def end_of_turn(template: str, special_tokens: Mapping[str, str], candidates: Iterable[str]) -> str | None:
-    """Return which of the candidates the template puts first behind an assistant's text, or None.
-
-    It ends an answer, whatever the tokenizer calls its end of sequence: `<|im_end|>` in ChatML.
-    """
-    messages = [
-        {"role": role, "content": [{"type": "text", "text": text}]}
-        for role, text in (("user", "?"), ("assistant", PROBE))
-    ]
-    try:
-        text = render_chat(template, messages, add_generation_prompt=False, special_tokens=special_tokens)
-    except PromptError:
-        return None
-    behind = text.split(PROBE)[-1]
-    found = [token for token in candidates if token in behind]
-    return min(found, key=behind.index, default=None)
 
 
 def _reads_parts(template: str, special_tokens: Mapping[str, str]) -> bool:

@@ -22,10 +22,12 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from switchkd.export.pixels import PictureError, Preprocessing, open_picture, to_pixels
+from switchkd.export.prompt import adds_special_tokens
 
 PLACEHOLDER = "<image>"  # in LLaVA's JSON, whatever the tokenizer's own image token is
 IGNORED = -100
 NO_TOKEN = -1
+_WHOLE = {"padding": False, "truncation": False}  # whatever was saved in tokenizer.json
 _DAMAGED = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -242,7 +244,11 @@ class ConversationEncoder:
                 spans.append((before, self._render(messages[: index + 1], generation=False)))
         whole = self._render(messages, generation=False)
         encoded = self._tokenizer(
-            whole, add_special_tokens=self._adds_bos(whole), return_offsets_mapping=True, verbose=False
+            whole,
+            add_special_tokens=adds_special_tokens(whole, self._tokenizer.bos_token),
+            return_offsets_mapping=True,
+            verbose=False,
+            **_WHOLE,
         )
         ids_T: list[int] = encoded["input_ids"]
         self._check_pictures(messages, ids_T)
@@ -266,7 +272,8 @@ class ConversationEncoder:
     def encode_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation up to where the assistant answers."""
         text = self._render(messages, generation=True)
-        ids_T: list[int] = self._tokenizer(text, add_special_tokens=self._adds_bos(text))["input_ids"]
+        adds = adds_special_tokens(text, self._tokenizer.bos_token)
+        ids_T: list[int] = self._tokenizer(text, add_special_tokens=adds, **_WHOLE)["input_ids"]
         return ids_T
 
     def _supervise(
@@ -293,11 +300,6 @@ class ConversationEncoder:
                 f"{found} image tokens where its pictures take {expected}; its text holds {self._image_token}, or the "
                 "chat template has no place for a picture",
             )
-
-    def _adds_bos(self, text: str) -> bool:
-        """As transformers does it: Llama's tokenizer puts its BOS token in front, unless the template has."""
-        bos = self._tokenizer.bos_token
-        return bos is not None and not text.startswith(bos)
 
     def _render(self, messages: list[dict[str, Any]], *, generation: bool) -> str:
         # Parts, never bare text: LLaVA-1.5's own templates read nothing else, and drop bare text without a word.

@@ -32,8 +32,9 @@ from switchkd.export.projectors import (
     llava_class,
     tokens_per_picture,
 )
+from switchkd.export.prompt import SAVED_CUTS, end_of_turn
 
-from .chat_templates import end_of_turn, reading_parts
+from .chat_templates import reading_parts
 from .conversations import ConversationEncoder
 
 IMAGE_TOKEN = "<image>"

@@ -14,6 +14,7 @@ ROOMS = ("cli", "demo", "export", "serve", "training")
 # What the rooms share. It runs on boards without torch, so it may import only itself.
 SHARED = (
     "switchkd.export.bundle",
+    "switchkd.export.generation_settings",
     "switchkd.export.integer_products",
     "switchkd.export.json_fields",
     "switchkd.export.manifest",
@@ -25,6 +26,7 @@ SHARED = (
 TORCH_FREE_FILES = (
     "export/__init__.py",
     "export/bundle.py",
+    "export/generation_settings.py",
     "export/integer_products.py",
     "export/json_fields.py",
     "export/manifest.py",
