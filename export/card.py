@@ -9,8 +9,9 @@ from typing import Any
 
 from .bundle import DECODER, FUSED, GRAPHS, PORTABLE, Bundle, Manifest
 from .card_mobile import mobile_text
+from .generation_settings import GenerationSettings, not_obeyed
 from .precisions import MIXED, dtype_of, precision_of
-from .prompt import render_chat
+from .prompt import PromptEncoder, adds_special_tokens, read_tokenizer
 from .questions import FIRST
 from .speed import STAGES
 
@@ -47,6 +48,10 @@ $parity
 
 $speed
 
+## Answers
+
+$answers
+
 ## Licence
 
 $licence
@@ -67,7 +72,8 @@ for piece in Engine.open(".").stream("What is in the picture?", pictures=["pictu
 ```
 
 In Python with nothing but `onnxruntime`, `numpy`, `pillow` and `tokenizers` (a picture is squeezed to size here;
-see `preprocessor_config.json` for the exact steps, and `chat_template.jinja` for the exact prompt):
+see `preprocessor_config.json` for the exact steps, and `chat_template.jinja` for the exact prompt; the next
+token is always the one with the largest logit):
 
 ```python
 $script
@@ -88,7 +94,8 @@ const messages = [{ role: "user", content: [{ type: "image" }, { type: "text", t
 const prompt = processor.tokenizer.apply_chat_template(messages, { tokenize: false, add_generation_prompt: true })
   .replaceAll("$image_token", "$image_token".repeat($tokens));
 const image = await load_image(picture);
-const inputs = { ...processor.tokenizer(prompt), ...(await processor.image_processor(image)) };
+const ids = processor.tokenizer(prompt, { add_special_tokens: $js_adds });  // $why
+const inputs = { ...ids, ...(await processor.image_processor(image)) };
 const output = await model.generate({ ...inputs, max_new_tokens: 64, do_sample: false });
 const answer = output.slice(null, [inputs.input_ids.dims[1], null]);
 console.log(processor.batch_decode(answer, { skip_special_tokens: true })[0]);
@@ -113,8 +120,8 @@ tokenizer = Tokenizer.from_file("tokenizer.json")
 image = Image.open(picture).convert("RGB").resize(($width, $height), $resample)
 pixels = (np.asarray(image, dtype=np.float32) * $rescale - $mean) / $std
 features = vision.run(None, {"pixel_values": pixels.transpose(2, 0, 1)[None].astype(np.float32)})[0]
-prompt = $prompt.replace("QUESTION", question).replace("$image_token", "$image_token" * $tokens)
-ids = np.array([tokenizer.encode(prompt, add_special_tokens=False).ids])
+prompt = $prompt.replace("QUESTION", question.strip()).replace("$image_token", "$image_token" * $tokens)
+ids = np.array([tokenizer.encode(prompt, add_special_tokens=$adds).ids])  # $why
 embeds = embed.run(None, {"input_ids": ids})[0]
 embeds[ids == $image_token_id] = features.reshape(-1, features.shape[-1])
 past = {i.name: np.zeros((1, $kv_heads, 0, $head_dim), np.$cache_dtype)
@@ -162,7 +169,10 @@ def write_card(bundle: Bundle, manifest: Manifest) -> None:
         speed=_speed(records),
         licence_keys="".join(f"{key}: {json.dumps(text)}\n" for key, text in source["licence"]["stated"].items()),
         licence=_licence(source["licence"]),
-        mobile=mobile_text(bundle, manifest),
+        mobile=mobile_text(bundle, manifest, adds_special_tokens=_adds_special_tokens(bundle)),
+        answers=_answers(bundle),
+        js_adds=json.dumps(_adds_special_tokens(bundle)),
+        why=_why(bundle),
     )
     (bundle.path / CARD).write_text(text, encoding="utf-8")
 
@@ -226,6 +236,28 @@ def _speed(records: Mapping[str, Any]) -> str:
     return f"{textwrap.fill(text, 120)}\n\n{_table(rows)}"
 
 
+def _answers(bundle: Bundle) -> str:
+    """What ends an answer, and what becomes of the settings in generation_config.json."""
+    config = json.loads((bundle.path / "generation_config.json").read_text(encoding="utf-8"))
+    settings, left = GenerationSettings.from_config(config), not_obeyed(config)
+    tokenizer = read_tokenizer(bundle.tokenizer_path)
+    ends = (tokenizer.id_to_token(token) or str(token) for token in bundle.model.eos_token_ids)
+    text = f"{' or '.join(f'`{end}`' for end in ends)} ends an answer."
+    draws = {"do_sample", "temperature", "top_k", "top_p"} if settings.do_sample else set()
+    names = [name for name in config if name in (set(settings.rules) | draws)]
+    if names:
+        obeyed = ", ".join(f"`{name}` {json.dumps(config[name])}" for name in names)
+        text += (
+            f" `generation_config.json` asks for {obeyed}: `switchkd.serve` does that, and so do transformers.js and "
+            "transformers unless they are told otherwise. The parity above and the Python script below do not: there "
+            "the largest logit is the next token."
+        )
+    if left:
+        others = ", ".join(f"`{name}` {json.dumps(value)}" for name, value in left.items())
+        text += f" It also asks for {others}, which `switchkd.serve` does not do."
+    return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False)
+
+
 def _licence(licence: Mapping[str, Any]) -> str:
     stated = licence["stated"]
     files = ", ".join(f"`{name}`" for name in licence["files"])
@@ -271,13 +303,26 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
+def _prompt(bundle: Bundle) -> str:
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "QUESTION"}]}
+    return PromptEncoder.of(bundle, read_tokenizer(bundle.tokenizer_path)).render([question])
+
+
+def _adds_special_tokens(bundle: Bundle) -> bool:
+    return adds_special_tokens(_prompt(bundle), bundle.special_tokens.get("bos_token"))
+
+
+def _why(bundle: Bundle) -> str:
+    """Why a script encodes a prompt with or without the tokenizer's special tokens."""
+    if _adds_special_tokens(bundle):
+        return "BOS, if the tokenizer has one"
+    return f"the template writes {bundle.special_tokens['bos_token']} itself"
+
+
 def _script(bundle: Bundle, manifest: Manifest) -> str:
     model, preprocessing = manifest.model, bundle.preprocessing
     _, height, width = model.picture_shape
-    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "QUESTION"}]}
-    prompt = render_chat(
-        bundle.chat_template, [question], add_generation_prompt=True, special_tokens=bundle.special_tokens
-    )
+    prompt = _prompt(bundle)
     positions = '        "position_ids": np.arange(length, length + new)[None],\n'
     return _SCRIPT.substitute(
         positions=positions if bundle.graph(DECODER).form == PORTABLE else "",
@@ -289,6 +334,8 @@ def _script(bundle: Bundle, manifest: Manifest) -> str:
         mean=preprocessing.mean or 0,
         std=preprocessing.std or 1,
         prompt=repr(prompt),
+        adds=_adds_special_tokens(bundle),
+        why=_why(bundle),
         image_token=model.image_token,
         image_token_id=model.image_token_id,
         tokens=model.tokens_per_picture,

@@ -14,8 +14,8 @@ _TEXT = Template("""\
 $files
 
 The app itself has to do what the Python script above does around the graphs, in its numbers: the picture to pixels, the
-question into the prompt, the prompt to ids (by a library that reads `tokenizer.json`), features in the places of the
-image tokens, and the loop over tokens. Compare with the script before you trust either.
+question into the prompt, the prompt to ids (by a library that reads `tokenizer.json`, and $special),
+features in the places of the image tokens, and the loop over tokens. Compare with the script before you trust either.
 
 $accelerators
 
@@ -109,7 +109,7 @@ _SWIFT_POSITIONS = (
 )
 
 
-def mobile_text(bundle: Bundle, manifest: Manifest) -> str:
+def mobile_text(bundle: Bundle, manifest: Manifest, *, adds_special_tokens: bool) -> str:
     """How the smallest precision with a float32 cache runs on a phone, or the default one where none has such."""
     model = manifest.model
     fit = [name for name in manifest.precisions if manifest.cache_dtype(name) == "float32"]
@@ -121,6 +121,7 @@ def mobile_text(bundle: Bundle, manifest: Manifest) -> str:
     portable = decoder.form == PORTABLE
     channels, height, width = model.picture_shape
     return _TEXT.substitute(
+        special="with its special tokens" if adds_special_tokens else "without adding special tokens",
         files=textwrap.fill(_files(manifest, chosen, files), 120, break_on_hyphens=False),
         accelerators=_ACCELERATORS if portable else _FUSED,
         decoder=Path(decoder.file).stem.removesuffix(suffix),

@@ -1,5 +1,6 @@
 """Fixtures that tests of several rooms share: a tiny real LLaVA checkpoint, made here, with random weights."""
 
+import json
 import os
 import platform
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,13 @@ CHAT_TEMPLATE = (
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# As LLaVA-1.5's own: parts alone, and no BOS, which its tokenizer puts in front.
+LLAVA_1_5_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 SENTENCES = [
     "How many red circles are in the picture?",
@@ -201,3 +210,91 @@ def avx2_only() -> Iterator[dict[str, str]]:
         if tried.stderr or tried.returncode:
             pytest.skip(f"no older processor can be shown here: {tried.stderr.strip()}")
         yield environment
+
+
+# --- kinds of tokenizer ---
+
+
+def bos_by_tokenizer(checkpoint: Path) -> None:
+    """As LLaVA-1.5 has it: Llama-2's kind of tokenizer, which puts BOS in front of what its template writes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    special = ["<unk>", "<s>", "</s>", "<image>"]  # with the ids that config.json knows already
+    letters = "abcdefghilmnoprstuw?,."
+    spelled = [f"<0x{byte:02X}>" for byte in range(128)]  # no more: others would make broken characters of most answers
+    tokens = [*special, *spelled, "▁", *letters, *(one + other for one in letters for other in letters)]
+    vocabulary = {token: number for number, token in enumerate(tokens[:300])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    edit_json(checkpoint / "tokenizer_config.json", **names, extra_special_tokens=["<image>"])
+    (checkpoint / "chat_template.jinja").write_text(LLAVA_1_5_TEMPLATE)
+
+
+def bos_by_template(checkpoint: Path) -> None:
+    """As Llama-3 has it: the tokenizer would put BOS in front, but the template writes it."""
+    from tokenizers import Tokenizer, processors
+
+    file, template, bos = checkpoint / "tokenizer.json", checkpoint / "chat_template.jinja", "<|endoftext|>"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
+    tokenizer.save(str(file))
+    edit_json(checkpoint / "tokenizer_config.json", bos_token=bos)
+    template.write_text("{{ bos_token }}" + template.read_text())
+
+
+def without_bos(checkpoint: Path) -> None:
+    """As Qwen2 has it, and the tiny checkpoint."""
+
+
+@pytest.fixture(scope="session", params=[bos_by_tokenizer, bos_by_template, without_bos])
+def tokenizer_kind(
+    request: pytest.FixtureRequest, tiny_checkpoint: Path, tiny_bundle: Path
+) -> Iterator[tuple[Path, Path]]:
+    """The tiny checkpoint with one kind of tokenizer, and the bundle of the same whose tokenizer.json pads and cuts.
+
+    The bundle's graphs are the tiny bundle's, since tracing takes nearly all of an export's time; the rest is written
+    anew as an export does it. Tests must not write into either.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    from switchkd.export import assembly
+    from switchkd.export.bundle import MANIFEST, Bundle, read_manifest
+    from switchkd.export.card import write_card
+    from switchkd.export.checkpoint import open_checkpoint
+
+    with tempfile.TemporaryDirectory(prefix="tokenizer-kind-") as holder:
+        checkpoint, cutting, bundle = (Path(holder) / name for name in ("checkpoint", "cutting", "bundle"))
+        shutil.copytree(tiny_checkpoint, checkpoint)
+        request.param(checkpoint)
+        shutil.copytree(checkpoint, cutting)
+        tokenizer = Tokenizer.from_file(str(cutting / "tokenizer.json"))
+        tokenizer.enable_truncation(24)
+        tokenizer.enable_padding(length=2000)
+        AutoTokenizer.from_pretrained(cutting).save_pretrained(cutting)
+        tokenizer.save(str(cutting / "tokenizer.json"))
+        edit_json(cutting / "tokenizer_config.json", max_length=24, truncation_strategy="longest_first", stride=0)
+
+        shutil.copytree(tiny_bundle, bundle)
+        source = open_checkpoint(cutting)
+        assembly._write_settings(source, source.facts(), bundle)
+        manifest = replace(read_manifest(bundle), model=source.facts())
+        for _ in range(2):  # as an export does: the card is written when the bundle can be opened
+            manifest = replace(manifest, files=assembly._hash_files(bundle))
+            (bundle / MANIFEST).write_text(manifest.to_json())
+            write_card(Bundle.open(bundle), manifest)
+        manifest = replace(manifest, files=assembly._hash_files(bundle))
+        (bundle / MANIFEST).write_text(manifest.to_json())
+        yield checkpoint, bundle
+
+
+def edit_json(file: Path, **values: Any) -> None:
+    """Change keys of a JSON file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))

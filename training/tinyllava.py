@@ -32,7 +32,17 @@ from transformers import (
 from switchkd.export.pixels import Preprocessing
 from switchkd.export.projectors import tokens_per_picture
 
-from .vlm import ENCODERS, IMAGE_TOKEN, ModelError, Vlm, add_image_token, encoder_config, make_processor, read_config
+from .vlm import (
+    ENCODERS,
+    IMAGE_TOKEN,
+    ModelError,
+    Vlm,
+    add_image_token,
+    encoder_config,
+    forget_cuts,
+    make_processor,
+    read_config,
+)
 
 LANGUAGE_MODELS = ("qwen2",)  # Qwen2 and Qwen2.5 are of this type
 CONNECTOR = "mlp2x_gelu"
@@ -221,6 +231,7 @@ def _tokenizer(checkpoint: Path, published: dict[str, Any], sources: Sources, te
             f"{source}: its tokenizer cannot be loaded ({str(error).splitlines()[0]}); give the folder of the language "
             "model that it was trained from: --language-model FOLDER"
         ) from None
+    forget_cuts(tokenizer)
     return tokenizer
 
 

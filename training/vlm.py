@@ -110,11 +110,12 @@ def load_vlm(source: str | Path, *, dtype: torch.dtype | None = None, **loading:
 
 
 def complete_processor(processor: LlavaProcessor, config: LlavaConfig) -> None:
-    """Fill in what llava-hf folders of before transformers 4.47 leave out, and let both chat templates be one."""
+    """Fill in what llava-hf folders of before transformers 4.47 leave out; one chat template, and no text cut."""
     if processor.patch_size is None:
         for name, value in _image_token_settings(config).items():
             setattr(processor, name, value)
     tokenizer = processor.tokenizer
+    forget_cuts(tokenizer)
     template = processor.chat_template or tokenizer.chat_template
     if isinstance(template, str):
         template = reading_parts(template, tokenizer.special_tokens_map, processor.image_token)
@@ -287,6 +288,7 @@ def load_tokenizer(language_model: str | Path) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(language_model)
     if tokenizer.chat_template is None:
         raise ModelError(f"{language_model}: its tokenizer has no chat template; use an instruct model")
+    forget_cuts(tokenizer)
     add_image_token(tokenizer)
     names = tokenizer.special_tokens_map
     tokenizer.chat_template = reading_parts(str(tokenizer.chat_template), names, IMAGE_TOKEN)
@@ -294,6 +296,15 @@ def load_tokenizer(language_model: str | Path) -> PreTrainedTokenizerBase:
     # A base model's tokenizer ends documents; what ends an answer is for the template to say.
     tokenizer.eos_token = end_of_turn(tokenizer.chat_template, names, special) or tokenizer.eos_token
     return tokenizer
+
+
+def forget_cuts(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Drop the padding and truncation that tokenizer.json came with; a processor obeys them, and saves them again."""
+    backend: Any = tokenizer
+    backend.backend_tokenizer.no_padding()
+    backend.backend_tokenizer.no_truncation()
+    for key in SAVED_CUTS:
+        tokenizer.init_kwargs.pop(key, None)
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:
