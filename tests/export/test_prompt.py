@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from switchkd.export.prompt import PromptError, expand_image_token, render_chat
+from switchkd.export.prompt import PromptError, TokenizerError, expand_image_token, read_tokenizer, render_chat
 
 CONVERSATIONS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "Hello <b>&</b> 'you'"}],
@@ -79,3 +80,30 @@ def test_templates_see_plain_data_only() -> None:
 
 def test_image_token_is_repeated() -> None:
     assert expand_image_token("a<image>\nb<image>", "<image>", 3) == "a<image><image><image>\nb<image><image><image>"
+
+
+def test_padding_and_truncation_saved_in_a_tokenizer_are_not_obeyed(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    text = "How many red circles are in the picture?"
+    tokenizer = Tokenizer.from_file(str(tiny_checkpoint / "tokenizer.json"))
+    whole = tokenizer.encode(text).ids
+    for name, change in (("cuts", {"max_length": 8}), ("pads", {"length": 99})):
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        (tokenizer.enable_truncation if name == "cuts" else tokenizer.enable_padding)(**change)
+        tokenizer.save(str(tmp_path / name))
+        assert len(Tokenizer.from_file(str(tmp_path / name)).encode(text).ids) == next(iter(change.values()))
+        assert read_tokenizer(tmp_path / name).encode(text).ids == whole
+
+
+def test_one_place_reads_tokenizers() -> None:
+    """What reads a tokenizer.json otherwise would pad and cut as the file says."""
+    root = Path(__file__).parents[2]
+    rooms = ("cli", "demo", "export", "serve", "training")
+    files = [file for room in rooms for file in (root / room).rglob("*.py") if ".from_file(str(" in file.read_text()]
+    assert files == [root / "export/prompt.py"]
+
+
+def test_no_tokenizer_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: no tokenizer"):
+        read_tokenizer(tmp_path / "tokenizer.json")
