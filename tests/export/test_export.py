@@ -23,6 +23,7 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 from switchkd.cli.main import main
 from switchkd.export.assembly import export_checkpoint
 from switchkd.export.bundle import Bundle
+from switchkd.export.checkpoint import open_checkpoint
 from switchkd.export.graphs import ExportError
 from switchkd.export.onnx_graph import OnnxGraph
 from switchkd.export.parity import compare, record, sample_prompts
@@ -181,19 +182,78 @@ def answer(path: Path, image: Image.Image, question: str) -> str:
 # --- the command ---
 
 
-def test_export_and_verify_commands(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = contents(tiny_checkpoint)
+def test_export_and_verify_commands(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # A base model's settings, as Qwen2.5's are: they end documents, not turns.
+    settings = {"eos_token_id": 0, "num_beams": 4, "repetition_penalty": 1.1, "max_length": 300}
+    (checkpoint / "generation_config.json").write_text(json.dumps(settings))
+    before = contents(checkpoint)
     out = tmp_path / "deep" / "bundle"
-    assert main(["export", str(tiny_checkpoint), str(out), "--dtype", "int8", "--pairs", "9"]) == 0
-    assert contents(tiny_checkpoint) == before
+    assert main(["export", str(checkpoint), str(out), "--dtype", "int8", "--pairs", "9"]) == 0
+    assert contents(checkpoint) == before
     assert [file.name for file in out.parent.iterdir()] == ["bundle"]
-    assert Bundle.open(out).precision == "int8"
+    bundle = Bundle.open(out)
+    assert bundle.precision == "int8"
     assert not (out / "onnx/vision_encoder.onnx").exists()
+    assert bundle.model.eos_token_ids == (2, 0)
+    assert json.loads((out / "generation_config.json").read_text()) == {**settings, "eos_token_id": [2, 0]}
+    told = capsys.readouterr().out
+    assert (
+        "note: the chat template ends a turn with <|im_end|>, generation_config.json names <|endoftext|>: each of them "
+        "ends an answer\n"
+    ) in told
+    left = "generation_config.json asks for num_beams 4, max_length 300: switchkd.serve does not do that\n"
+    assert f"note: {left}" in told
+    card = " ".join((out / "README.md").read_text().split())
+    assert (
+        "`<|im_end|>` or `<|endoftext|>` ends an answer. `generation_config.json` asks for `repetition_penalty`" in card
+    )
+    assert "It also asks for `num_beams` 4, `max_length` 300, which `switchkd.serve` does not do." in card
     assert main(["verify", str(out)]) == 0
-    assert main(["verify", str(out), "--checkpoint", str(tiny_checkpoint)]) == 0
+    assert main(["verify", str(out), "--checkpoint", str(checkpoint)]) == 0
     assert f"{out}: verified" in capsys.readouterr().out
-    assert main(["export", str(tiny_checkpoint), str(out)]) == 2
+    assert main(["export", str(checkpoint), str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+# --- who ends an answer ---
+
+
+NEVER_ENDING = "{% for message in messages %}{{ message['content'][-1]['text'] }} {% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("eos", "template", "ids", "told"),
+    [
+        (2, None, (2,), False),
+        ([0, 2], None, (2, 0), False),  # the template's first: calibration ends answers with it
+        (0, None, (2, 0), True),
+        (0, NEVER_ENDING, (0,), False),
+        (0, "{{ raise_exception('never') }}", (0,), False),
+        (None, None, (2,), False),  # config.json's
+    ],
+)
+def test_template_and_configuration_end_answers(
+    checkpoint: Path, eos: Any, template: str | None, ids: tuple[int, ...], told: bool
+) -> None:
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    if template is not None:
+        (checkpoint / "chat_template.jinja").write_text(template)
+    source = open_checkpoint(checkpoint)
+    assert source.ends.ids == source.facts().eos_token_ids == ids
+    assert (source.ends.note is not None) == told
+
+
+@pytest.mark.parametrize("eos", [[], -1, [2, -1], 300, [2, 300], "2", True, [None]])
+def test_what_ends_no_answer_is_refused(checkpoint: Path, eos: Any) -> None:
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    cannot_export(
+        checkpoint, "generation_config.json: eos_token_id is .*, expected one or more token ids from 0 to 299"
+    )
+
+
+def test_settings_that_are_none(checkpoint: Path) -> None:
+    (checkpoint / "generation_config.json").write_text('{"repetition_penalty": -1}')
+    cannot_export(checkpoint, r"generation_config\.json: repetition_penalty is -1, expected a number above 0")
 
 
 # --- refusals ---

@@ -25,6 +25,7 @@ from switchkd.export.generation_settings import (
 )
 from switchkd.serve import MAX_NEW_TOKENS, BundleError, Engine, Sampling
 from switchkd.serve.sampling import Sampler
+from switchkd.serve.token_rules import TokenRules
 
 QUESTION = "What colour is the square on the left?"
 NEW = 24
@@ -110,6 +111,41 @@ def test_answers_are_those_of_transformers(
     got = engine.answer(QUESTION, pictures[:1], max_new_tokens=NEW)
     assert got.tokens == generate(engine.bundle.path)
     assert got.tokens != free
+
+
+def test_logits_are_changed_as_transformers_changes_them() -> None:
+    random = np.random.default_rng(0)
+    size, ends = 40, [2, 7]
+    for _ in range(200):
+        prompt, written = (random.integers(0, size, count).tolist() for count in (9, random.integers(0, 9)))
+        config = {
+            "repetition_penalty": float(random.uniform(0.5, 2)),
+            "no_repeat_ngram_size": int(random.integers(0, 4)),
+            "min_length": int(random.integers(0, 20)),
+            "suppress_tokens": random.integers(0, size, 2).tolist(),
+            "begin_suppress_tokens": random.integers(0, size, 2).tolist(),
+            "bad_words_ids": [[3], [7], [*(prompt + written)[-2:], 5], [1, 5]],
+        }
+        last = torch.tensor(ends)
+        rules = [
+            logits_process.RepetitionPenaltyLogitsProcessor(config["repetition_penalty"]),
+            logits_process.NoBadWordsLogitsProcessor(config["bad_words_ids"], last),
+            logits_process.MinLengthLogitsProcessor(config["min_length"], last),
+            logits_process.SuppressTokensLogitsProcessor(config["suppress_tokens"]),
+            logits_process.SuppressTokensAtBeginLogitsProcessor(config["begin_suppress_tokens"], len(prompt)),
+        ]
+        if config["no_repeat_ngram_size"]:
+            rules.append(logits_process.NoRepeatNGramLogitsProcessor(config["no_repeat_ngram_size"]))
+        logits_V = random.normal(0, 5, size).astype(np.float32)
+        before = logits_V.copy()
+        ours = TokenRules(GenerationSettings.from_config(config), prompt, ends, size)
+        for place in range(len(written)):
+            ours.apply(logits_V, written[:place])
+        expected = logits_process.LogitsProcessorList(rules)(
+            torch.tensor([prompt + written]), torch.from_numpy(logits_V.copy())[None]
+        )
+        np.testing.assert_array_equal(ours.apply(logits_V, written), expected[0].numpy())
+        np.testing.assert_array_equal(logits_V, before)
 
 
 def test_it_draws_where_the_bundle_does_and_nobody_says_otherwise(
