@@ -81,6 +81,7 @@ def test_tokens_are_printed_as_they_come(tiny_bundle: Path, png: Path, monkeypat
 
 def test_json_says_everything(tiny_bundle: Path, png: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--json", "--precision", "int8", "--max-new-tokens", "5", "--temperature", "2", "--seed", "3", "--threads"]
+    words = ["--top-k", "9", *words]
     assert main(["ask", str(tiny_bundle), str(png), QUESTION, *words, "1"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert set(said) == {"text", "tokens", "prompt_tokens", "finish_reason", "seconds", "precision"}

@@ -37,6 +37,11 @@ def test_a_tiny_nucleus_and_a_tiny_temperature_are_greedy() -> None:
     assert shares(Sampling(1e-6, seed=1), 50)[0] == 1
 
 
+def test_the_smallest_temperature_overflows_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    assert shares(Sampling(1e-320, seed=1), 50)[0] == 1
+    assert not recwarn.list
+
+
 def test_a_seed_repeats_its_draws_and_another_does_not() -> None:
     def draw(seed: int | None) -> list[int]:
         sampler = Sampler(Sampling(2.0, seed=seed))
@@ -54,6 +59,7 @@ def test_a_seed_repeats_its_draws_and_another_does_not() -> None:
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0, expected more than 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"top_k": -1}, "top_k is -1, expected 0"),
         ({"seed": -1}, "seed is -1, expected 0 or more"),
     ],
 )

@@ -1,11 +1,13 @@
 """Conversations: only assistant turns are supervised, pictures take their tokens, broken records say why."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from transformers import LlavaProcessor
 
 from switchkd.export.pixels import Preprocessing
@@ -19,6 +21,7 @@ from switchkd.training.conversations import (
     picture_of,
     to_messages,
 )
+from switchkd.training.vlm import load_tokenizer, load_vlm
 from switchkd.training.world.vocabulary import IMAGE_TOKEN, train_tokenizer
 
 TOKENS = 4
@@ -85,6 +88,23 @@ def test_the_processor_sees_the_same_ids(tiny_checkpoint: Path) -> None:
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     expected = processor(text=text, images=Image.new("RGB", (24, 24)))["input_ids"][0]
     assert encoder.encode_prompt(messages) == list(expected)
+
+
+def test_padding_and_truncation_saved_in_a_tokenizer_are_forgotten(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    cutting, messages = tmp_path / "cutting", to_messages(record(turns=TURNS))
+    shutil.copytree(tiny_checkpoint, cutting)
+    tokenizer = Tokenizer.from_file(str(cutting / "tokenizer.json"))
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=500)
+    tokenizer.save(str(cutting / "tokenizer.json"))
+    (whole, cut) = (load_vlm(path) for path in (tiny_checkpoint, cutting))
+    (expected, got) = (ConversationEncoder(vlm.tokenizer, "<image>", 16) for vlm in (whole, cut))
+    assert got.encode(messages) == expected.encode(messages)
+    assert got.encode_prompt(messages[:1]) == expected.encode_prompt(messages[:1])
+    assert load_tokenizer(cutting)("a b" * 90)["input_ids"] == whole.tokenizer("a b" * 90)["input_ids"]
+    # Nor does what is saved afterwards cut: transformers' processor would.
+    cut.processor.save_pretrained(tmp_path / "saved")
+    assert len(LlavaProcessor.from_pretrained(tmp_path / "saved", backend="pil")(text="a b" * 90)["input_ids"][0]) > 90
 
 
 def test_max_length_cuts_ids_and_labels(tokenizer: Any) -> None:
