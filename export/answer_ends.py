@@ -45,9 +45,10 @@ class AnswerEnds:
                 f"{path / file}: eos_token_id is {found!r}, expected one or more token ids from 0 to {rows - 1}, or no "
                 "answer would end; correct it"
             )
-        special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+        added = tokenizer.get_added_tokens_decoder().items()
+        special = {token.content: number for number, token in added if token.special}
         turn = end_of_turn(template, special_tokens, special)
-        ends = [] if turn is None else [tokenizer.token_to_id(turn)]
+        ends = [] if turn is None else [special[turn]]
 
         note = None
         if turn is not None and ends[0] not in configured:

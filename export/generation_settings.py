@@ -165,7 +165,7 @@ def _count(given: Mapping[str, Any], key: str, default: int | None, least: int =
     value = given.get(key, default)
     if value is not None and (not _is(value, int) or value < least):
         raise GenerationError(f"{key} is {value!r}, expected a whole number of {least} or more; correct it")
-    return value
+    return None if value is None else int(value)
 
 
 def _ids(given: Mapping[str, Any], key: str) -> list[int]:

@@ -2,9 +2,9 @@
 
 from switchkd.export.bundle import BundleError
 from switchkd.export.pixels import PictureError
-from switchkd.export.prompt import PromptError
+from switchkd.export.prompt import Message, PromptError
 
-from .conversation import ConversationError, Message
+from .conversation import ConversationError
 from .engine import MAX_NEW_TOKENS, Answer, AnswerStream, Engine, Seconds
 from .picture_encoder import Picture
 from .sampling import Sampling, SamplingError

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 from switchkd.export.bundle import Bundle, BundleError
 from switchkd.export.generation_settings import GenerationError, GenerationSettings
 from switchkd.export.json_fields import parse_object
-from switchkd.export.prompt import TokenizerError, read_tokenizer
+from switchkd.export.prompt import Message, TokenizerError, read_tokenizer
 
-from .conversation import ConversationError, Message, PromptTokens, to_messages
+from .conversation import ConversationError, PromptTokens, to_messages
 from .decoder import Decoder, Floats
 from .picture_encoder import Picture, PictureEncoder, Pixels
 from .sampling import Sampler, Sampling

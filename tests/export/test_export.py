@@ -23,7 +23,6 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 from switchkd.cli.main import main
 from switchkd.export.assembly import export_checkpoint
 from switchkd.export.bundle import Bundle
-from switchkd.export.checkpoint import open_checkpoint
 from switchkd.export.graphs import ExportError
 from switchkd.export.onnx_graph import OnnxGraph
 from switchkd.export.parity import compare, record, sample_prompts
@@ -213,47 +212,6 @@ def test_export_and_verify_commands(checkpoint: Path, tmp_path: Path, capsys: py
     assert f"{out}: verified" in capsys.readouterr().out
     assert main(["export", str(checkpoint), str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
-
-
-# --- who ends an answer ---
-
-
-NEVER_ENDING = "{% for message in messages %}{{ message['content'][-1]['text'] }} {% endfor %}"
-
-
-@pytest.mark.parametrize(
-    ("eos", "template", "ids", "told"),
-    [
-        (2, None, (2,), False),
-        ([0, 2], None, (2, 0), False),  # the template's first: calibration ends answers with it
-        (0, None, (2, 0), True),
-        (0, NEVER_ENDING, (0,), False),
-        (0, "{{ raise_exception('never') }}", (0,), False),
-        (None, None, (2,), False),  # config.json's
-    ],
-)
-def test_template_and_configuration_end_answers(
-    checkpoint: Path, eos: Any, template: str | None, ids: tuple[int, ...], told: bool
-) -> None:
-    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
-    if template is not None:
-        (checkpoint / "chat_template.jinja").write_text(template)
-    source = open_checkpoint(checkpoint)
-    assert source.ends.ids == source.facts().eos_token_ids == ids
-    assert (source.ends.note is not None) == told
-
-
-@pytest.mark.parametrize("eos", [[], -1, [2, -1], 300, [2, 300], "2", True, [None]])
-def test_what_ends_no_answer_is_refused(checkpoint: Path, eos: Any) -> None:
-    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
-    cannot_export(
-        checkpoint, "generation_config.json: eos_token_id is .*, expected one or more token ids from 0 to 299"
-    )
-
-
-def test_settings_that_are_none(checkpoint: Path) -> None:
-    (checkpoint / "generation_config.json").write_text('{"repetition_penalty": -1}')
-    cannot_export(checkpoint, r"generation_config\.json: repetition_penalty is -1, expected a number above 0")
 
 
 # --- refusals ---

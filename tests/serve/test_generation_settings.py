@@ -56,7 +56,7 @@ def generate(tiny_checkpoint: Path, pictures: list[Image.Image]) -> Callable[[Pa
     """What transformers answers to QUESTION about the first picture, told by a bundle's generation_config.json."""
     model: Any = LlavaForConditionalGeneration.from_pretrained(tiny_checkpoint).eval()
     processor = LlavaProcessor.from_pretrained(tiny_checkpoint, backend="pil")
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+    message: Any = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
     prompt = processor.apply_chat_template([message], add_generation_prompt=True)
     inputs = processor(text=prompt, images=pictures[0], return_tensors="pt")
 
@@ -141,9 +141,8 @@ def test_logits_are_changed_as_transformers_changes_them() -> None:
         ours = TokenRules(GenerationSettings.from_config(config), prompt, ends, size)
         for place in range(len(written)):
             ours.apply(logits_V, written[:place])
-        expected = logits_process.LogitsProcessorList(rules)(
-            torch.tensor([prompt + written]), torch.from_numpy(logits_V.copy())[None]
-        )
+        given: Any = torch.from_numpy(logits_V.copy())[None]
+        expected = logits_process.LogitsProcessorList(rules)(torch.LongTensor([prompt + written]), given)
         np.testing.assert_array_equal(ours.apply(logits_V, written), expected[0].numpy())
         np.testing.assert_array_equal(logits_V, before)
 
@@ -172,13 +171,13 @@ def test_it_draws_where_the_bundle_does_and_nobody_says_otherwise(
     [{"temperature": 0.7, "top_k": 4, "top_p": 0.8}, {"temperature": 1.5}, {"top_k": 0, "top_p": 0.5}, {"top_k": 1}],
 )
 def test_draws_are_as_likely_as_in_transformers(settings: dict[str, Any]) -> None:
-    logits = torch.tensor([[2.0, -1.0, 1.5, 1.4, 0.3, -0.2, 1.0, 0.9]])
+    logits: Any = torch.tensor([[2.0, -1.0, 1.5, 1.4, 0.3, -0.2, 1.0, 0.9]])
     warpers = logits_process.LogitsProcessorList()
     warpers.append(logits_process.TemperatureLogitsWarper(settings.get("temperature", 1.0)))
     if top_k := settings.get("top_k", 50):
         warpers.append(logits_process.TopKLogitsWarper(top_k))
     warpers.append(logits_process.TopPLogitsWarper(settings.get("top_p", 1.0)))
-    expected = torch.softmax(warpers(torch.tensor([[0]]), logits.clone()), dim=-1)[0].numpy()
+    expected = torch.softmax(warpers(torch.LongTensor([[0]]), logits.clone()), dim=-1)[0].numpy()
     sampler = Sampler(Sampling(seed=3), GenerationSettings.from_config({"do_sample": True, **settings}))
     draws = [sampler.choose(logits[0].numpy()) for _ in range(2000)]
     found = np.bincount(draws, minlength=8) / len(draws)
