@@ -124,7 +124,7 @@ class GenerationSettings:
         drawing = given if do_sample else {}
         return cls(
             do_sample=do_sample,
-            temperature=_number(drawing, "temperature", 1.0),
+            temperature=_number(drawing, "temperature", 1.0, most=100.0),
             top_k=_count(drawing, "top_k", 50) or 0,
             top_p=_number(drawing, "top_p", 1.0, most=1.0),
             max_new_tokens=_count(given, "max_new_tokens", None, least=1),

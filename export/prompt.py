@@ -29,7 +29,7 @@ class PromptError(ValueError):
     """A chat template that cannot be used, or messages that it refuses."""
 
 
-class TokenizerError(ValueError):
+class TokenizerError(PromptError):
     """A tokenizer.json that cannot be read."""
 
 

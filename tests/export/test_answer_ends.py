@@ -46,7 +46,7 @@ def test_template_and_configuration_end_answers(
 @pytest.mark.parametrize("eos", [[], -1, [2, -1], 300, [2, 300], "2", True, [None]])
 def test_what_ends_no_answer_is_refused(checkpoint: Path, eos: Any) -> None:
     (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
-    with pytest.raises(ExportError, match="eos_token_id is .*, expected one or more token ids from 0 to 299"):
+    with pytest.raises(ExportError, match=r"eos_token_id is .*, expected one or more token ids from 0 to 299"):
         export_checkpoint(checkpoint, checkpoint.parent / "bundle")
 
 

@@ -218,6 +218,7 @@ def test_every_setting_of_transformers_is_in_one_list() -> None:
         ({"repetition_penalty": "1.3"}, "repetition_penalty is '1.3'"),
         ({"do_sample": "yes"}, "do_sample is 'yes', expected true or false"),
         ({"do_sample": True, "temperature": 0.0}, "temperature is 0.0, expected a number above 0"),
+        ({"do_sample": True, "temperature": 101}, "temperature is 101, expected a number above 0 and at most 100"),
         ({"do_sample": True, "top_p": 1.5}, "top_p is 1.5, expected a number above 0 and at most 1"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1, expected a whole number of 0 or more"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0, expected a whole number of 1 or more"),
