@@ -152,7 +152,7 @@ class Bundle:
 
     @property
     def tokenizer_path(self) -> Path:
-        """The file that `tokenizers.Tokenizer.from_file` reads."""
+        """The file that `read_tokenizer` reads."""
         return self.path / TOKENIZER
 
     @property
