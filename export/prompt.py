@@ -16,6 +16,8 @@ import jinja2.parser
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
+from .control_tokens import ControlTokens
+
 if TYPE_CHECKING:
     from .bundle import Bundle
 
@@ -207,11 +209,16 @@ def write_tokenizer(source: Path, target: Path) -> None:
         (target / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+@lru_cache(maxsize=4)
+def _control_tokens(tokenizer: Tokenizer, image_token: str) -> ControlTokens:
+    return ControlTokens(tokenizer, image_token)
+
+
 @dataclass(frozen=True)
 class PromptEncoder:
     """The one place that makes a prompt's ids: for what is served, verified, calibrated on and printed on cards."""
 
-    tokenizer: Tokenizer
+    control: ControlTokens
     template: str
     special_tokens: Mapping[str, str]  # by the names that chat templates know, like `bos_token`
     image_token: str
@@ -221,21 +228,26 @@ class PromptEncoder:
     def of(cls, bundle: "Bundle", tokenizer: Tokenizer) -> Self:
         """The encoder of a bundle, whose tokenizer was read by `read_tokenizer`."""
         model = bundle.model
-        return cls(tokenizer, bundle.chat_template, bundle.special_tokens, model.image_token, model.tokens_per_picture)
+        control = _control_tokens(tokenizer, model.image_token)
+        return cls(control, bundle.chat_template, bundle.special_tokens, model.image_token, model.tokens_per_picture)
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return the prompt's text, one image token for every picture; raises PromptError.
 
-        Content that is a string becomes a part where the template would lose it.
+        Content that is a string becomes a part where the template would lose it. Other control tokens in a text are
+        stand-ins, which `ids` spells as text.
         """
         if _loses_strings(self.template, tuple(self.special_tokens.items())):
             messages = [{**message, "content": _as_parts(message["content"])} for message in messages]
+        if token := self.control.spelled_together(messages):
+            raise PromptError(f"parts of a message spell {token} only together; put the text into one part")
+        messages = self.control.shield(messages)
         return render_chat(self.template, messages, add_generation_prompt=True, special_tokens=self.special_tokens)
 
     def ids(self, text: str) -> list[int]:
         """Return the token ids of a rendered prompt, in which the image token stands once for every visual token."""
         text = expand_image_token(text, self.image_token, self.tokens_per_picture)
-        return list(self.tokenizer.encode(text, add_special_tokens=self.adds_special_tokens(text)).ids)
+        return list(self.control.encode(text, add_special_tokens=self.adds_special_tokens(text)).ids)
 
     def adds_special_tokens(self, text: str) -> bool:
         """Whether encoding this rendered prompt adds the tokenizer's special tokens, see the function of the name."""

@@ -17,17 +17,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
+from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from switchkd.export.control_tokens import ControlTokens
 from switchkd.export.pixels import PictureError, Preprocessing, open_picture, to_pixels
-from switchkd.export.prompt import adds_special_tokens
+from switchkd.export.prompt import PromptError, adds_special_tokens, render_chat
+
+from .record_keys import SYSTEM_KEYS, unread_keys, unread_turn_keys
 
 PLACEHOLDER = "<image>"  # in LLaVA's JSON, whatever the tokenizer's own image token is
 IGNORED = -100
 NO_TOKEN = -1
-_WHOLE = {"padding": False, "truncation": False}  # whatever was saved in tokenizer.json
 _DAMAGED = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -41,6 +43,7 @@ class Reason(StrEnum):
 
     NOT_A_RECORD = "not a record"
     CONVERSATION = "no conversation"
+    KEY = "content under a key that is not read"
     SPEAKER = "unknown speaker"
     TEXT = "damaged text"
     PLACEHOLDERS = "image tokens do not match"
@@ -66,12 +69,16 @@ class BrokenRecord(DataError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation ready for the model: `input_ids_T`, `labels_T` (IGNORED where not supervised), a picture."""
+    """One conversation ready for the model: `input_ids_T`, `labels_T` (IGNORED where not supervised), a picture.
+
+    `lost` marks what stands in for one that could not be read: it alone may have no label.
+    """
 
     input_ids_T: list[int]
     labels_T: list[int]
     pixels_CHW: np.ndarray[Any, np.dtype[np.float32]] | None
     sample_id: str = "unnamed"  # for messages
+    lost: bool = False
 
 
 def picture_of(record: dict[str, Any]) -> str | None:
@@ -91,10 +98,13 @@ def picture_of(record: dict[str, Any]) -> str | None:
 def to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Turn a LLaVA record into chat messages; the picture's place becomes an image part before the text.
 
-    An assistant turn that nobody asked for is left out at the beginning, as LLaVA does. Raises BrokenRecord for a turn
-    that cannot be read or learned from, or where placeholders and pictures do not match.
+    A key `system` becomes a system turn. An assistant turn that nobody asked for is left out at the beginning, as LLaVA
+    does. Raises BrokenRecord for content under a key that is not read, for a turn that cannot be read or learned from,
+    or where placeholders and pictures do not match.
     """
     name = _name(record)
+    if unread := unread_keys(record):
+        raise _unread(record, unread, "the record")
     pictures = 0 if picture_of(record) is None else 1
     messages: list[dict[str, Any]] = []
     placeholders = 0
@@ -137,6 +147,8 @@ def _turns(record: dict[str, Any]) -> list[tuple[str, str]]:
     for turn in turns:
         speaker, text = turn.get("from"), turn.get("value")
         role = ROLES.get(speaker) if isinstance(speaker, str) else None
+        if unread := unread_turn_keys(turn, learned=role == "assistant"):
+            raise _unread(record, unread, "a turn")
         if role is None:
             raise BrokenRecord(
                 Reason.SPEAKER, f"{_name(record)}: a turn is from {speaker!r}; known speakers are {', '.join(ROLES)}"
@@ -144,7 +156,31 @@ def _turns(record: dict[str, Any]) -> list[tuple[str, str]]:
         if text is not None and not isinstance(text, str):
             raise BrokenRecord(Reason.CONVERSATION, f"{_name(record)}: a turn's value is {text!r:.40}, expected text")
         read.append((role, _sound(record, text or "")))
-    return read
+    return _with_system(record, read)
+
+
+def _with_system(record: dict[str, Any], turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The turns, with what the record says of the system in front, unless they begin with the same."""
+    for key in SYSTEM_KEYS:
+        text = record.get(key)
+        if text is not None and not isinstance(text, str):
+            raise BrokenRecord(Reason.KEY, f"{_name(record)}: {key} is {text!r:.40}, expected text")
+        if not text or turns[0] == ("system", text):
+            continue
+        if turns[0][0] == "system":
+            raise BrokenRecord(
+                Reason.KEY, f"{_name(record)}: {key} says otherwise than the system turn before it; keep one of them"
+            )
+        turns = [("system", _sound(record, text)), *turns]
+    return turns
+
+
+def _unread(record: dict[str, Any], keys: list[str], where: str) -> BrokenRecord:
+    return BrokenRecord(
+        Reason.KEY,
+        f"{_name(record)}: {where} has content under {', '.join(keys)}, which is not read; `switchkd data convert` "
+        "knows other formats, or take the key out",
+    )
 
 
 def _sound(record: dict[str, Any], text: str) -> str:
@@ -174,7 +210,8 @@ class ConversationEncoder:
     """Encodes conversations with a tokenizer's chat template; only assistant turns are supervised.
 
     The spans come from the template itself: an assistant turn is what rendering it adds to the rendering
-    of everything before it with a generation prompt. Supervision ends with the first end-of-sequence token.
+    of everything before it with a generation prompt. Supervision ends with the first end-of-sequence token. Control
+    tokens are those that the template writes; the same characters in a turn's text are text.
     """
 
     def __init__(
@@ -185,6 +222,7 @@ class ConversationEncoder:
         max_length: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._control = ControlTokens(_backend(tokenizer), image_token)
         self._image_token = image_token
         self._image_token_id = tokenizer.get_vocab().get(image_token, NO_TOKEN)
         self._tokens_per_picture = tokens_per_picture
@@ -228,7 +266,7 @@ class ConversationEncoder:
         """A hash of what the encoding depends on: vocabulary, chat template, tokens a picture, longest length."""
         vocabulary = sorted(self._tokenizer.get_vocab().items())
         rules = [self._tokenizer.chat_template, self._pictures_text, self._max_length, self._tokenizer.eos_token_id]
-        return hashlib.sha256(json.dumps([vocabulary, rules]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([vocabulary, rules, self._control.tokens]).encode()).hexdigest()
 
     def _supervised(self, ids_T: list[int], labels_T: list[int]) -> int:
         """Supervised tokens of the first `max_length`; none where a picture is not whole there."""
@@ -237,20 +275,16 @@ class ConversationEncoder:
         return sum(label != IGNORED for label in labels_T[: self._max_length])
 
     def _whole(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+        messages = self._control.shield(messages)
+        whole = self._render(messages, generation=False)
         spans = []
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 before = self._render(messages[:index], generation=True)
-                spans.append((before, self._render(messages[: index + 1], generation=False)))
-        whole = self._render(messages, generation=False)
-        encoded = self._tokenizer(
-            whole,
-            add_special_tokens=adds_special_tokens(whole, self._tokenizer.bos_token),
-            return_offsets_mapping=True,
-            verbose=False,
-            **_WHOLE,
-        )
-        ids_T: list[int] = encoded["input_ids"]
+                last = index + 1 == len(messages)  # most often, and a rendering is what takes the time
+                spans.append((before, whole if last else self._render(messages[: index + 1], generation=False)))
+        encoded = self._control.encode(whole, add_special_tokens=adds_special_tokens(whole, self._tokenizer.bos_token))
+        ids_T: list[int] = encoded.ids
         self._check_pictures(messages, ids_T)
         labels_T = [IGNORED] * len(ids_T)
         for before, until in spans:
@@ -266,14 +300,14 @@ class ConversationEncoder:
                     f"the chat template ends no answer with {self._tokenizer.eos_token}, so that the student would "
                     "never learn to stop; write {{ eos_token }} behind the assistant's text in chat_template.jinja",
                 )
-            self._supervise(ids_T, labels_T, encoded["offset_mapping"], len(before), len(until))
+            self._supervise(ids_T, labels_T, encoded.offsets, len(before), len(until))
         return ids_T, labels_T
 
     def encode_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation up to where the assistant answers."""
-        text = self._render(messages, generation=True)
+        text = self._render(self._control.shield(messages), generation=True)
         adds = adds_special_tokens(text, self._tokenizer.bos_token)
-        ids_T: list[int] = self._tokenizer(text, add_special_tokens=adds, **_WHOLE)["input_ids"]
+        ids_T: list[int] = self._control.encode(text, add_special_tokens=adds).ids
         return ids_T
 
     def _supervise(
@@ -310,10 +344,26 @@ class ConversationEncoder:
             for message in messages
         ]
         try:
-            text = self._tokenizer.apply_chat_template(spelled, tokenize=False, add_generation_prompt=generation)
-        except TemplateError as error:
-            raise BrokenRecord(Reason.TEMPLATE, f"the chat template refuses these turns: {error}") from None
-        return str(text).replace(self._image_token, self._pictures_text)
+            # The text of transformers' apply_chat_template, in half of its time.
+            text = render_chat(
+                self._tokenizer.get_chat_template(),
+                spelled,
+                add_generation_prompt=generation,
+                special_tokens=self._tokenizer.special_tokens_map,
+            )
+        except PromptError as error:
+            raise BrokenRecord(Reason.TEMPLATE, str(error)) from None
+        return text.replace(self._image_token, self._pictures_text)
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise DataError(
+            f"the tokenizer is a {type(tokenizer).__name__}, which does not say where in the text a token is; save it "
+            "with a tokenizer.json (a fast tokenizer)"
+        )
+    return backend
 
 
 class ConversationDataset(Dataset[Sample]):
@@ -356,7 +406,7 @@ class ConversationDataset(Dataset[Sample]):
 def collator(padding_id: int) -> Callable[[Sequence[Sample]], dict[str, Any]]:
     """A collator that pads on the right: input_ids, attention_mask, labels [B, T]; pixel_values [P, C, H, W] if any.
 
-    `sample_ids`, a list of B names, is for messages and not for the model.
+    `sample_ids`, a list of B names, and `lost`, as many truths, are for messages and not for the model.
     """
 
     def collate(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -370,7 +420,7 @@ def collator(padding_id: int) -> Callable[[Sequence[Sample]], dict[str, Any]]:
             labels_BT[row, :end] = torch.tensor(sample.labels_T)
             attention_BT[row, :end] = 1
         batch: dict[str, Any] = {"input_ids": input_ids_BT, "attention_mask": attention_BT, "labels": labels_BT}
-        batch["sample_ids"] = [sample.sample_id for sample in samples]
+        batch |= {"sample_ids": [sample.sample_id for sample in samples], "lost": [sample.lost for sample in samples]}
         pictures = [torch.from_numpy(sample.pixels_CHW) for sample in samples if sample.pixels_CHW is not None]
         return batch | ({"pixel_values": torch.stack(pictures)} if pictures else {})
 

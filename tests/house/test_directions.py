@@ -14,6 +14,7 @@ ROOMS = ("cli", "demo", "export", "serve", "training")
 # What the rooms share. It runs on boards without torch, so it may import only itself.
 SHARED = (
     "switchkd.export.bundle",
+    "switchkd.export.control_tokens",
     "switchkd.export.generation_settings",
     "switchkd.export.integer_products",
     "switchkd.export.json_fields",
@@ -26,6 +27,7 @@ SHARED = (
 TORCH_FREE_FILES = (
     "export/__init__.py",
     "export/bundle.py",
+    "export/control_tokens.py",
     "export/generation_settings.py",
     "export/integer_products.py",
     "export/json_fields.py",
@@ -39,7 +41,12 @@ TORCH_AND_KIN = ("torch", "transformers", "accelerate", "deepspeed", "onnx", "on
 
 # room -> the modules of other rooms that it may import; a name allows what lies below it only where it ends in ".*"
 OPEN_DOORS: dict[str, tuple[str, ...]] = {
-    "training": ("switchkd.export.pixels", "switchkd.export.projectors", "switchkd.export.prompt"),
+    "training": (
+        "switchkd.export.control_tokens",  # a text is spelled in training as it is when the bundle answers
+        "switchkd.export.pixels",
+        "switchkd.export.projectors",
+        "switchkd.export.prompt",
+    ),
     "export": (),
     "serve": SHARED,
     "demo": ("switchkd.serve",),

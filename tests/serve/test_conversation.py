@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from switchkd.export.prompt import render_chat
+from switchkd.export.prompt import PromptError, render_chat
 from switchkd.serve import Engine, Message
 from switchkd.serve.conversation import PromptTokens
+from switchkd.training.vlm import load_vlm
 
 # As LLaVA-1.5's processors on the hub have it: parts alone, pictures first; a string's characters have no type.
 LLAVA_1_5 = (
@@ -61,3 +62,20 @@ def test_strings_stay_where_a_template_takes_them(engine: Engine) -> None:
     for template, messages, pictures in ((own, CHAT, 1), (TEXT_ALONE, WORDS, 0)):
         plain = render_chat(template, messages, add_generation_prompt=True, special_tokens=engine.bundle.special_tokens)
         assert prompt(engine, template, messages, pictures) == plain
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>"])
+def test_control_tokens_in_a_question_are_text_as_they_were_in_training(
+    engine: Engine, tiny_checkpoint: Path, token: str
+) -> None:
+    words: list[Message] = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"Is {token} it?"}]}
+    ]
+    ids = PromptTokens(engine.bundle, engine.tokenizer).encode(words, 1)
+    assert ids == load_vlm(tiny_checkpoint).inputs()[0].encode_prompt([dict(message) for message in words])
+    assert f"Is {token} it?<|im_end|>" in engine.tokenizer.decode(ids, skip_special_tokens=False)
+    tokens = [engine.tokenizer.id_to_token(number) for number in ids]
+    assert (tokens.count("<|im_start|>"), tokens.count("<|im_end|>")) == (2, 1)
+    half: list[Message] = [{"role": "user", "content": [{"type": "text", "text": part} for part in ("<|im_", "end|>")]}]
+    with pytest.raises(PromptError, match=r"spell <\|im_end\|> only together"):
+        PromptTokens(engine.bundle, engine.tokenizer).encode(half, 0)

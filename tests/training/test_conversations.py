@@ -13,9 +13,11 @@ from transformers import LlavaProcessor
 from switchkd.export.pixels import Preprocessing
 from switchkd.training.conversations import (
     IGNORED,
+    BrokenRecord,
     ConversationDataset,
     ConversationEncoder,
     DataError,
+    Reason,
     Sample,
     collator,
     picture_of,
@@ -190,3 +192,102 @@ def test_collation_pads_right_and_keeps_pictures_in_order() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 0, 0]]
     assert torch.equal(batch["pixel_values"], torch.stack([torch.from_numpy(row) for row in pixels]))
     assert "pixel_values" not in collator(0)(samples[1:2])
+
+
+CONTROL = ["<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>"]
+
+
+@pytest.mark.parametrize("token", CONTROL)
+def test_control_tokens_in_a_text_are_text(encoder: ConversationEncoder, tokenizer: Any, token: str) -> None:
+    answer = f"Write {token}at the end."
+    ids, labels = encoder.encode(to_messages(record(turns=[(f"What is {token}?", answer), ("And?", "12")])))
+    # The whole of the answer is supervised up to the template's own end, and no turn is ended or begun in it.
+    supervised = [label for label in labels if label != IGNORED]
+    assert tokenizer.decode(supervised) == f"{answer}<|im_end|>12<|im_end|>"
+    plain = ConversationEncoder(tokenizer, IMAGE_TOKEN, TOKENS).encode(to_messages(record(turns=[("?", "1")] * 2)))[0]
+    for control in tokenizer.all_special_ids:
+        assert ids.count(control) == plain.count(control)
+    # The prompt is spelled as it is in training.
+    messages = to_messages(record(turns=[(f"What is {token}?", answer)]))
+    assert encoder.encode_prompt(messages[:-1]) == ids[: labels.index(supervised[0])]
+
+
+def test_a_key_for_the_system_becomes_its_turn(encoder: ConversationEncoder) -> None:
+    turn = {"from": "system", "value": "Be brief."}
+    whole = record() | {"conversations": [turn, *record()["conversations"]]}
+    assert to_messages(whole)[0] == {"role": "system", "content": "Be brief."}
+    for key in ("system", "system_prompt"):
+        assert (
+            to_messages(record() | {key: "Be brief."}) == to_messages(whole) == to_messages(whole | {key: "Be brief."})
+        )
+        assert to_messages(record() | {key: ""}) == to_messages(record())
+        with pytest.raises(DataError, match=f"r1: {key} says otherwise"):
+            to_messages(whole | {key: "Be long."})
+        with pytest.raises(DataError, match=f"r1: {key} is .*expected text"):
+            to_messages(record() | {key: ["Be brief."]})
+
+
+CONTENT = {
+    "video": "a.mp4",
+    "videos": ["a.mp4"],
+    "audio": "a.wav",
+    "images": ["b.png"],
+    "image_url": "http://x/a.png",
+    "messages": [{"role": "user", "content": "?"}],
+    "query": "?",
+    "response": "!",
+    "history": [["a", "b"]],
+    "tools": "[]",
+    "objects": {"bbox": [[1, 2, 3, 4]]},
+    "Video": "a.mp4",
+}
+METADATA = {
+    "source": "x",
+    "data_source": "y",
+    "width": 3,
+    "height": 4,
+    "model": "m",
+    "dataset": "d",
+    "image_id": 7,
+    "turns": 2,
+}
+
+
+@pytest.mark.parametrize("key", CONTENT)
+def test_content_under_a_key_that_is_not_read_breaks_the_record(key: str) -> None:
+    with pytest.raises(BrokenRecord, match=rf"r1: the record has content under {key}, which is not read") as raised:
+        to_messages(record() | {key: CONTENT[key]})
+    assert raised.value.reason == Reason.KEY
+    assert to_messages(record() | {key: None}) == to_messages(record() | METADATA) == to_messages(record())
+
+
+@pytest.mark.parametrize(
+    ("place", "more", "named"),
+    [
+        (0, {"image": "b.png"}, "image"),
+        (0, {"weight": 1}, "weight"),
+        (1, {"tool_calls": [{"name": "f"}]}, "tool_calls"),
+        (1, {"reasoning_content": "hm"}, "reasoning_content"),
+        (1, {"loss": False}, "loss"),
+        (1, {"weight": 0}, "weight"),
+        (1, {"role": "assistant", "content": "12"}, "role, content"),
+    ],
+)
+def test_content_in_a_turn_that_is_not_read_breaks_the_record(place: int, more: dict[str, Any], named: str) -> None:
+    turns = record()["conversations"]
+    turns[place] |= more
+    with pytest.raises(BrokenRecord, match=rf"r1: a turn has content under {named}, which is not read"):
+        to_messages(record() | {"conversations": turns})
+    turns[place] |= dict.fromkeys(more)
+    turns[1] |= {"weight": 1, "loss": True, "name": "Bob"}
+    assert to_messages(record() | {"conversations": turns}) == to_messages(record())
+
+
+@pytest.mark.parametrize(
+    "other", [{"messages": [1]}, {"question": "?", "answer": "!"}, {"role": "user", "content": "?"}]
+)
+def test_a_record_of_another_format_names_its_keys(other: dict[str, Any]) -> None:
+    with pytest.raises(
+        BrokenRecord, match=f"r1: the record has content under {', '.join(other)}.*switchkd data convert"
+    ):
+        to_messages({"id": "r1"} | other)
