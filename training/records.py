@@ -7,6 +7,7 @@ system's page cache, and a file of a gigabyte is never held (benchmarks/data_loa
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,20 @@ from .hashes import sha256
 WINDOW = 8 * 2**20  # bytes of a JSON list that are looked at together
 LONGEST_RECORD = 64 * 2**20  # bytes; what ends nowhere within them is not JSON
 _BETWEEN = frozenset(" \t\r\n,")
+_MARK = b"\xef\xbb\xbf"  # of UTF-8, at a file's beginning
+_MARKS = frozenset(_MARK.decode("latin-1"))
+_LIST_OF_RECORDS = re.compile(rb"\s*\[\s*(\{|$)")
+# What begins like these is no JSON, whatever it is called; and the way out.
+_OTHER_FILES = (
+    (b"PAR1", "a Parquet file", "`switchkd data convert {path} --out FILE.json` makes LLaVA JSON of it"),
+    (b"ARROW1", "an Arrow file", "`switchkd data convert {path} --out FILE.json` makes LLaVA JSON of it"),
+    (b"\x1f\x8b", "compressed by gzip", "records are read in place: unpack it (gunzip -k {path})"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "records are read in place: unpack it (unzstd {path})"),
+    (b"\xfd7zXZ\0", "compressed by xz", "records are read in place: unpack it (unxz -k {path})"),
+    (b"BZh", "compressed by bzip2", "records are read in place: unpack it (bunzip2 -k {path})"),
+    (b"PK\x03\x04", "a ZIP archive", "records are read in place: unpack it (unzip {path})"),
+    (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file it stands for (git lfs pull)"),
+)
 # Lax about control characters in texts: the check of the texts themselves names those that do harm.
 _DECODER = json.JSONDecoder(strict=False)
 
@@ -96,6 +111,15 @@ def digest(files: Sequence[Path]) -> str:
     return " ".join(hashes)
 
 
+def check_is_text(path: Path) -> None:
+    """Raise DataError with the way out for a file of another kind than JSON: columns, archives, compressed ones."""
+    with path.open("rb") as source:
+        head = source.read(64)
+    for beginning, what, remedy in _OTHER_FILES:
+        if head.startswith(beginning):
+            raise DataError(f"{path}: {what}, expected LLaVA-format JSON or JSONL; {remedy.format(path=path)}")
+
+
 def _check_file(path: Path) -> None:
     if not path.is_file():
         raise DataError(f"{path}: there is no such file; give data.records a LLaVA-format JSON or JSONL file")
@@ -104,40 +128,51 @@ def _check_file(path: Path) -> None:
 def _scan(path: Path) -> Iterator[tuple[int, int]]:
     """First byte and bytes of every record."""
     _check_file(path)
+    check_is_text(path)
     with path.open("rb") as source:
-        head = source.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return _scan_list(path) if head.startswith(b"[") else _scan_lines(path)
+        head = source.read(4096).removeprefix(_MARK).lstrip()
+    return _scan_lists(path) if head.startswith(b"[") else _scan_lines(path)
 
 
 def _scan_lines(path: Path) -> Iterator[tuple[int, int]]:
     start = 0
     with path.open("rb") as source:
         for line in source:
-            mark = 3 if start == 0 and line.startswith(b"\xef\xbb\xbf") else 0
+            mark = len(_MARK) if line.startswith(_MARK) else 0
+            if _LIST_OF_RECORDS.match(line, mark):
+                raise DataError(
+                    f"{path}: a list of records begins at byte {start + mark}, in a file with a record a line; "
+                    "give the two as files of their own"
+                )
             if line[mark:].strip():
                 yield start + mark, len(line) - mark
             start += len(line)
 
 
-def _scan_list(path: Path) -> Iterator[tuple[int, int]]:
+def _scan_lists(path: Path) -> Iterator[tuple[int, int]]:
+    """The records of a list and of whatever follows it: further lists, or a record a line (`cat a.json b.jsonl`)."""
     # Read as Latin-1 a byte is a character, so that places are bytes; what JSON is made of is ASCII in UTF-8 too.
+    inside = False
     with path.open("rb") as source:
-        first = source.read(4096).index(b"[") + 1
-        source.seek(first)
-        text, place = "", 0
+        first, text, place = 0, "", 0  # the byte of the text's beginning, what is looked at, and where
         while True:
-            while place < len(text) and text[place] in _BETWEEN:
+            while place < len(text) and (text[place] in _BETWEEN or (not inside and text[place] in _MARKS)):
                 place += 1
-            if text[place : place + 1] == "]":
-                return
+            if text[place : place + 1] == ("]" if inside else "["):
+                inside, place = not inside, place + 1
+                continue
             try:
                 _, end = _DECODER.raw_decode(text, place)
             except (ValueError, RecursionError) as error:
                 more = source.read(WINDOW).decode("latin-1")
+                if not more and not inside and place == len(text):
+                    return
                 if not more or len(text) - place > LONGEST_RECORD:
                     raise _not_json(path, first + place, error) from None
                 first, text, place = first + place, text[place:] + more, 0
             else:
+                if not inside and text[place] != "{":
+                    raise DataError(f"{path}: neither a record nor a list of records at byte {first + place}")
                 yield first + place, end - place
                 place = end
 
