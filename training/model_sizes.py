@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoTokenizer,
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -24,7 +23,7 @@ from transformers import (
 from switchkd.export.projectors import ProjectorError, llava_class, tokens_per_picture
 
 from .recipe import ModelRecipe, Recipe, RecipeError, load_recipe
-from .vlm import IMAGE_TOKEN, ModelError, encoder_config, read_config, visual_settings
+from .vlm import ModelError, encoder_config, load_tokenizer, read_config, visual_settings
 
 _QWEN = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 # From the models' own config.json on the hub, so that the shipped recipes are estimated without a network.
@@ -95,14 +94,14 @@ def build_without_memory(config: LlavaConfig, dtype: torch.dtype) -> LlavaForCon
 
 
 def local_tokenizer(model: ModelRecipe) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model that is a folder here, with the image token; None for anything else."""
+    """The tokenizer of a model that is a folder here, as training reads it; None for anything else.
+
+    Raises ModelError for one that training refuses.
+    """
     source = model.checkpoint or model.language_model
     if source is None or not (Path(source) / "tokenizer_config.json").is_file():
         return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    return tokenizer
+    return load_tokenizer(source)
 
 
 def _model_config(model: ModelRecipe, root: str) -> LlavaConfig:

@@ -24,7 +24,7 @@ WINDOW = 2**20  # bytes read at a place
 CHARACTERS = 4.0  # of English a token of Qwen2.5, where there is no tokenizer to ask: an assumption
 TURN = 5  # tokens that ChatML puts around a turn
 SYSTEM = 20  # tokens of Qwen2.5's own system turn
-_RECORD = re.compile(r'\{\s*"(?:id|image|conversations)"\s*:')
+_OBJECT = re.compile(r'\{\s*"')  # in a text inside JSON the quote would be escaped
 _DECODER = json.JSONDecoder(strict=False)
 
 
@@ -116,16 +116,20 @@ def _sample(path: Path, size: int) -> tuple[list[dict[str, Any]], int]:
 
 
 def _records(text: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Records of a piece of JSON or JSONL, each with what lies between it and the next one's beginning."""
+    """Records of a piece of JSON or JSONL, each with what lies between it and the next one's beginning.
+
+    A record is told by its conversations, whatever key is its first. A record that the piece begins or ends within is
+    left out; its turns and other objects are passed over one by one.
+    """
     place = 0
-    while found := _RECORD.search(text, place):
+    while found := _OBJECT.search(text, place):
         try:
             record, end = _DECODER.raw_decode(text, found.start())
-        except ValueError:
-            place = found.end()  # cut off, or inside another record
+        except (ValueError, RecursionError):
+            place = found.end()  # cut off, or no JSON
             continue
-        following = _RECORD.search(text, end)
-        if isinstance(record, dict) and isinstance(record.get("conversations"), list):
+        following = _OBJECT.search(text, end)
+        if isinstance(record.get("conversations"), list):
             yield record, text[found.start() : following.start() if following else end]
         place = end
 

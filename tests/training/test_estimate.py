@@ -1,6 +1,7 @@
 """The estimate against the real thing: parameters, bytes by torch's profiler, FLOPs, lengths, and the command."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from switchkd.training import text_lengths
 from switchkd.training.distillation import Distillation
 from switchkd.training.fake_step import Arrangement, Batch, step_bytes, step_flops
 from switchkd.training.holding import Holding, Sizes, fixed_bytes, holding, sizes
-from switchkd.training.model_sizes import student_config, teacher_config
+from switchkd.training.model_sizes import local_tokenizer, student_config, teacher_config
 from switchkd.training.objectives import build_objective
-from switchkd.training.recipe import DataRecipe, load_recipe
+from switchkd.training.recipe import DataRecipe, ModelRecipe, load_recipe
 from switchkd.training.text_lengths import UNKNOWN
-from switchkd.training.vlm import PARTS, train_only
+from switchkd.training.vlm import PARTS, ModelError, train_only
+from switchkd.training.world.vocabulary import train_tokenizer
 
 BATCH = Batch(rows=4, text=40, supervised=24)
 VISUAL = 16
@@ -209,6 +211,46 @@ def test_lengths_are_counted_on_the_records(tmp_path: Path, monkeypatch: pytest.
     assert some.samples == pytest.approx(len(records), rel=0.05)
     assert some.text == pytest.approx(whole.text, rel=0.1)
     assert text_lengths.text_lengths(DataRecipe([str(tmp_path / "none.json")]), None) == UNKNOWN
+
+
+def test_a_language_model_of_text_alone_counts_tokens_with_the_tokenizer_of_training(tmp_path: Path) -> None:
+    write_records(tmp_path / "records.json", 5)
+    tokenizer = train_tokenizer(["What is it?"], 300)
+    tokenizer.chat_template = (  # as Qwen2.5's: content is text, and a list of parts a TypeError
+        "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "lm")
+    model = ModelRecipe(encoder="google/siglip-so400m-patch14-384", language_model=str(tmp_path / "lm"))
+    found = text_lengths.text_lengths(DataRecipe([str(tmp_path / "records.json")]), local_tokenizer(model))
+    assert found.basis == "all 5 records of records.json, counted by the tokenizer"
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match="its tokenizer has no chat template"):
+        local_tokenizer(replace(model, language_model=str(tmp_path / "base")))
+
+
+@pytest.mark.parametrize("first", [{"data_source": "x"}, {"meta": {"id": 1, "image": "b.png"}}, {"turns": 2, "a": []}])
+@pytest.mark.parametrize(("small", "indent"), [(10**9, None), (1000, None), (1000, 1)])
+def test_records_are_found_whatever_their_first_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: dict[str, Any], small: int, indent: int | None
+) -> None:
+    monkeypatch.setattr(text_lengths, "SMALL", small)
+    monkeypatch.setattr(text_lengths, "WINDOW", 8000)
+    rows = [
+        {
+            "id": n,
+            "conversations": [{"from": "human", "value": 'Say {"id": 1}, ' * 9}, {"from": "gpt", "value": "x" * 400}],
+        }
+        for n in range(200)
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=indent))
+    (tmp_path / "b.json").write_text(json.dumps([first | row for row in rows], indent=indent))
+    expected, found = (
+        text_lengths.text_lengths(DataRecipe([str(tmp_path / name)]), None) for name in ("a.json", "b.json")
+    )
+    assert (found.text, found.supervised, found.longest) == (expected.text, expected.supervised, expected.longest)
+    assert found.samples == pytest.approx(200, rel=0.02)
 
 
 @pytest.fixture
