@@ -47,7 +47,7 @@ COMMANDS = (
     Command(
         "data",
         "switchkd.training.data_command",
-        "check a training set before a GPU is paid for, or download the public ones",
+        "check a training set before a GPU is paid for, convert other formats, download the public ones",
         "train",
         "train",
     ),

@@ -25,7 +25,7 @@ from .picture_check import Fault, check_pictures, in_parallel
 from .recipe import DataRecipe
 from .records import Records, digest, read_records
 
-VERSION = 1  # of the rules for records; findings of other rules are not used again
+VERSION = 2  # of the rules for records; findings of other rules are not used again
 NOT_COUNTED = -1  # tokens without a tokenizer
 COLUMNS = ("length_N", "tokens_N", "kept_N", "source_N", "picture_N")
 FIRST = 3  # broken records that an error names
@@ -85,7 +85,7 @@ class DataCheck:
     def summary(self) -> str:
         """One line: how many of how many are left out, and why."""
         reasons = ", ".join(f"{reason} {count}" for reason, count in self.by_reason.items())
-        return f"{len(self.broken):,} of {len(self.records):,} records left out ({100 * self.share:.2g} %): {reasons}"
+        return f"{len(self.broken):,} of {len(self.records):,} records left out ({percent(self.share)}): {reasons}"
 
     def refuse_above(self, max_broken: float, listed: Path) -> None:
         """Raise DataError where more than the share `max_broken` is broken, or nothing is left."""
@@ -150,6 +150,11 @@ def check_data(data: DataRecipe, encoder: ConversationEncoder | None, memory: Pa
     affected = np.flatnonzero(np.isin(check.picture_N, list(faults))).tolist()
     broken = {number: _broken(check.records, number, faults[int(check.picture_N[number])]) for number in affected}
     return replace(check, broken=dict(sorted((check.broken | broken).items())))
+
+
+def percent(share: float) -> str:
+    """A share in words: two digits of a small one, so that it is no 0, and never a power of ten."""
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.4g} %"
 
 
 def _check_records(records: Records, encoder: ConversationEncoder | None) -> DataCheck:

@@ -1,4 +1,4 @@
-"""`switchkd data`: `check` says what a training set holds and what of it is broken, `download` fetches public ones."""
+"""`switchkd data`: `check` says what of a training set is broken, `convert` makes one, `download` fetches one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 from switchkd.export.projectors import tokens_per_picture
 
 from .conversations import ConversationEncoder, DataError
-from .data_check import check_data
+from .data_check import check_data, percent
 from .data_report import lines, report
 from .recipe import CHECKS, DATA_CHECK, DataRecipe, Recipe, RecipeError, load_recipe
+from .records import check_is_text
 from .terminal import quiet_libraries
 from .vlm import ModelError
 
@@ -23,7 +24,7 @@ RECORDS = (".json", ".jsonl")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="check|download")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="check|convert|download")
     check = actions.add_parser("check", help="count, find what is broken, measure lengths; exit code 1 if untrainable")
     check.add_argument(
         "target", nargs="+", metavar="RECIPE [KEY=VALUE ...] | RECORDS ...", help="a recipe, or .json and .jsonl files"
@@ -35,6 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--list", type=Path, default=None, metavar="FILE", help="write every broken record as JSON lines"
     )
+    convert = actions.add_parser("convert", help="turn other formats into LLaVA JSON; exit code 1 if many are refused")
+    convert.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help=".json, .jsonl, .parquet, .arrow, .csv, a folder of a saved data set, or the name of one on the hub",
+    )
+    convert.add_argument("--out", type=Path, required=True, metavar="FILE", help="what to write: FILE.json or .jsonl")
+    convert.add_argument(
+        "--pictures", type=Path, default=None, metavar="DIR", help="for pictures inside of tables (FILE-pictures)"
+    )
+    convert.add_argument("--split", default="train", help="of a data set with several (%(default)s)")
+    convert.add_argument("--name", default=None, help="of a data set on the hub with several configurations")
+    convert.add_argument("--max-broken", type=float, default=0.01, help="the share that may be refused (%(default)s)")
     download = actions.add_parser("download", help="list the public sets, or fetch them")
     download.add_argument("names", nargs="*", metavar="NAME", help="what to fetch, or all; without one they are listed")
     download.add_argument("--to", type=Path, default=Path("data/llava"), help="the folder (%(default)s)")
@@ -45,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; 1 where a check found more broken records than allowed."""
     quiet_libraries()
-    return _check(args) if args.action == "check" else _download(args)
+    return {"check": _check, "convert": _convert, "download": _download}[args.action](args)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -88,14 +103,17 @@ def _text(found: dict[str, Any]) -> str:
             *lines(found),
             *(["", f"tokens are not counted: {unknown}"] if unknown else []),
             "",
-            f"{verdict}: {100 * found['left_out_share']:.2g} % broken, {100 * found['max_broken']:g} % allowed",
+            f"{verdict}: {percent(found['left_out_share'])} broken, {100 * found['max_broken']:g} % allowed",
         ]
     )
 
 
 def _sets(target: list[str]) -> list[tuple[list[str], DataRecipe, Recipe | None]]:
     """Each different training set, with the stages that train on it and their recipe."""
-    if Path(target[0]).suffix in RECORDS:
+    first = Path(target[0])
+    if first.is_file():
+        check_is_text(first)  # what is no text is no recipe either
+    if first.suffix.lower() in RECORDS:
         return [([], DataRecipe(target), None)]
     recipe = load_recipe(target[0], target[1:])
     sets: dict[str, tuple[list[str], DataRecipe, Recipe | None]] = {}
@@ -124,6 +142,23 @@ def _encoder(recipe: Recipe | None, data: DataRecipe) -> tuple[ConversationEncod
     except (ModelError, OSError) as error:
         return None, " ".join(str(error).split())
     return ConversationEncoder(tokenizer, image_token, tokens_per_picture(config), data.max_length), None
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .data_convert import convert, refused_list
+
+    out: Path = args.out
+    pictures: Path = args.pictures or out.with_name(f"{out.stem}-pictures")
+    tally = convert(args.sources, out, pictures, split=args.split, name=args.name)
+    print(f"{out}: {tally.written:,} records", end="")
+    print(f", {tally.pictures_written:,} pictures in {pictures}" if tally.pictures_written else "")
+    if tally.pictures_named:
+        print(f"{tally.pictures_named:,} records name files that they came with; data.pictures is where those lie")
+    if tally.refused:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in tally.refused.most_common())
+        share = percent(tally.share_refused)
+        print(f"{tally.refused.total():,} refused ({share}): {reasons}; all of them: {refused_list(out)}")
+    return 0 if tally.share_refused <= args.max_broken else 1
 
 
 def _download(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .data_check import FIRST, NOT_COUNTED, DataCheck
+from .data_check import FIRST, NOT_COUNTED, DataCheck, percent
 from .data_sources import OTHER, SOURCES
 
 BINS = 16
@@ -75,7 +75,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     return [
         f"{found['records']:,} records, {found['records_with_picture']:,} with one of {found['pictures']:,} pictures: "
         f"{found['trained_on']:,} can be trained on, {sum(found['left_out'].values()):,} are left out "
-        f"({100 * found['left_out_share']:.2g} %)",
+        f"({percent(found['left_out_share'])})",
         "",
         *_source_lines(found["sources"]),
         *_broken_lines(found),
