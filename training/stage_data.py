@@ -17,7 +17,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from switchkd.export.pixels import Preprocessing
 
-from .conversations import IGNORED, BrokenRecord, ConversationDataset, ConversationEncoder, DataError, Sample
+from .conversations import (
+    IGNORED,
+    BrokenRecord,
+    ConversationDataset,
+    ConversationEncoder,
+    DataError,
+    Reason,
+    Sample,
+)
 from .data_check import Broken, DataCheck, Ints, check_data
 from .picture_check import root_of
 from .recipe import DataRecipe, StageRecipe
@@ -26,7 +34,9 @@ from .records import Records
 WAITS = (0.5, 3.0)  # seconds before a record is tried again: a network disk may only be slow
 FEW = 1000  # samples; among fewer a share of lost ones says nothing
 _MOST_WORKERS = 1024
-_SEEN, _LOST = 0, 1
+_SEEN, _LOST, _REFUSED = 0, 1, 2
+# What a disk that is slow or failing may look like. Anything else the record says of itself, however often it is read.
+_OF_THE_DISK = frozenset((Reason.UNREADABLE, Reason.MISSING, Reason.NOT_A_RECORD))
 
 T = TypeVar("T")
 
@@ -55,8 +65,7 @@ def stage_dataset(
     listed = memory / f"{stage.name}.skipped.jsonl"
 
     def select() -> Selection:
-        # Without a longest length nothing is cut: then only the texts matter, and tokens need not be counted.
-        check = check_data(stage.data, encoder if encoder.max_length is not None else None, memory)
+        check = check_data(stage.data, encoder, memory)
         list_broken(listed, check)
         check.refuse_above(stage.data.max_broken, listed)
         if check.broken:
@@ -104,11 +113,11 @@ class StageDataset(ConversationDataset):
         super().__init__(selection.records, root_of(data), encoder, preprocessing, selection.length_M.tolist())
         self.selection = selection
         self.max_broken = data.max_broken
-        # Seen and lost by worker, a row each, so that nobody waits for a lock; in memory that workers share.
-        self._counts = torch.zeros(1 + _MOST_WORKERS, 2, dtype=torch.int64).share_memory_()
+        # Seen, lost and refused by worker, a row each, so that nobody waits for a lock; in memory that workers share.
+        self._counts = torch.zeros(1 + _MOST_WORKERS, 3, dtype=torch.int64).share_memory_()
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample, or one without label and picture in place of one that is lost."""
+        """The sample, or one without label and picture in place of one that is lost or refused."""
         worker = get_worker_info()
         row = self._counts[0 if worker is None else 1 + worker.id]
         row[_SEEN] += 1
@@ -116,12 +125,14 @@ class StageDataset(ConversationDataset):
             try:
                 return super().__getitem__(index)
             except (BrokenRecord, OSError) as error:
-                if wait is None:
-                    row[_LOST] += 1
-                    self._list(index, error)
-                else:
+                refused = isinstance(error, BrokenRecord) and error.reason not in _OF_THE_DISK
+                if wait is not None and not refused:
                     time.sleep(wait)
-        return Sample([0], [IGNORED], None, f"{self.selection.records.name(index)}, lost")
+                    continue
+                row[_REFUSED if refused else _LOST] += 1
+                self._list(index, error)
+                break
+        return Sample([0], [IGNORED], None, f"{self.selection.records.name(index)}, lost", lost=True)
 
     def left_out(self) -> dict[str, dict[str, int]]:
         """For the stage's card: how many records were left out, by reason."""
@@ -136,6 +147,11 @@ class StageDataset(ConversationDataset):
     def lost(self) -> int:
         """How many of them were replaced."""
         return int(self._counts[:, _LOST].sum())
+
+    @property
+    def refused(self) -> int:
+        """How many were as they are read, but cannot be trained on; the check before the first step let them pass."""
+        return int(self._counts[:, _REFUSED].sum())
 
     def _list(self, index: int, error: Exception) -> None:
         file, place = self.selection.records.where(index)
@@ -154,7 +170,13 @@ class LostSamples(TrainerCallback):
         self._announce = announce
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count. Raises DataError above the share."""
+        """Count. Raises DataError above the share, and for a single one that is refused."""
+        if self._dataset.refused:
+            raise DataError(
+                f"step {state.global_step}: {self._dataset.refused:,} samples cannot be trained on, though they could "
+                f"before training; they are at the end of {self._dataset.selection.listed}. Were the records changed "
+                "meanwhile? Start the stage anew where they were"
+            )
         lost, seen, share = self._dataset.lost, self._dataset.seen, self._dataset.max_broken
         if lost > share * max(seen, FEW):
             raise DataError(

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 
 from .arguments import gathered, load_whole_models
 from .checkpoints import MAKE_ROOM, CheckpointError, commit, discard, writing
-from .conversations import ConversationDataset
+from .conversations import ConversationDataset, DataError
 from .distillation import Distillation
 from .finite import before_the_update, check_gradients, check_terms, naming
 from .meter import Meter
@@ -93,15 +93,24 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The objective's loss (0-dim); what else is measured is kept for the next log. Raises NonFiniteError."""
-        samples = inputs.pop("sample_ids", ())
+        """The objective's loss (0-dim); what else is measured is kept for the next log.
+
+        Raises NonFiniteError, and DataError for a step without a supervised token, unless its samples were lost.
+        """
+        samples, lost = inputs.pop("sample_ids", ()), inputs.pop("lost", ())
         assert num_items_in_batch is not None  # the Trainer counts labels
+        supervised = num_items_in_batch
         if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.clamp(min=1)  # nothing supervised is a loss of 0, and not 0 / 0
+            num_items_in_batch = num_items_in_batch.clamp(min=1)  # where all are lost a loss of 0, and not 0 / 0
         # Here and not after the backward, in which DeepSpeed changes the weights.
         with before_the_update(self.state.global_step + 1), naming(f"samples {', '.join(samples)}"):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             check_terms(loss, outputs["terms"])
+        if not all(lost) and int(supervised) == 0:  # asked behind the wait for the device
+            raise DataError(
+                f"step {self.state.global_step + 1}: not one supervised token, and nothing would be learned; its "
+                f"samples are {', '.join(samples)}. Look at them with `switchkd data check`"
+            )
         if model.training:
             self._meter.add(outputs, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
