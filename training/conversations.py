@@ -30,6 +30,7 @@ from .record_keys import SYSTEM_KEYS, unread_keys, unread_turn_keys
 PLACEHOLDER = "<image>"  # in LLaVA's JSON, whatever the tokenizer's own image token is
 IGNORED = -100
 NO_TOKEN = -1
+_OTHER_PLACEHOLDER = re.compile(r"^\s*<(video|audio)>\s*$", re.MULTILINE)  # as LLaVA-NeXT and ms-swift write it
 _DAMAGED = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -109,17 +110,13 @@ def to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     placeholders = 0
     for role, text in _turns(record):
-        here = text.count(PLACEHOLDER)
-        if here and role != "user":
-            raise BrokenRecord(
-                Reason.PLACEHOLDERS, f"{name}: {PLACEHOLDER} in a turn of the {role}; it belongs to the human"
-            )
+        _check_places(name, role, text)
         if role == "assistant" and not any(message["role"] == "user" for message in messages):
             continue
         if role == "assistant" and not text.strip():
             raise BrokenRecord(Reason.NO_ANSWER, f"{name}: an answer is empty; it would teach to say nothing")
-        placeholders += here
-        if here:
+        placeholders += text.count(PLACEHOLDER)
+        if PLACEHOLDER in text:
             text = text.replace(PLACEHOLDER, "").strip()
             messages.append({"role": role, "content": [{"type": "image"}, {"type": "text", "text": text}]})
         else:
@@ -135,6 +132,19 @@ def to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
             Reason.NO_ANSWER, f"{name}: no assistant turn after a question; there is nothing to learn from it"
         )
     return messages
+
+
+def _check_places(name: str, role: str, text: str) -> None:
+    """Raise BrokenRecord for a picture's place that is not the human's, and for one of video or sound."""
+    if PLACEHOLDER in text and role != "user":
+        raise BrokenRecord(
+            Reason.PLACEHOLDERS, f"{name}: {PLACEHOLDER} in a turn of the {role}; it belongs to the human"
+        )
+    other = _OTHER_PLACEHOLDER.search(text) if role == "user" else None
+    if other is not None and f"</{other[1]}>" not in text:  # with its end it is HTML
+        raise BrokenRecord(
+            Reason.PLACEHOLDERS, f"{name}: <{other[1]}> stands for what is not read; pictures alone are supported"
+        )
 
 
 def _turns(record: dict[str, Any]) -> list[tuple[str, str]]:
