@@ -7,11 +7,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from .bundle import DECODER, FUSED, GRAPHS, PORTABLE, Bundle, Manifest
 from .card_mobile import mobile_text
 from .generation_settings import GenerationSettings, not_obeyed
 from .precisions import MIXED, dtype_of, precision_of
-from .prompt import PromptEncoder, adds_special_tokens, read_tokenizer
+from .prompt import PromptEncoder, read_tokenizer
 from .questions import FIRST
 from .speed import STAGES
 
@@ -149,6 +151,10 @@ def write_card(bundle: Bundle, manifest: Manifest) -> None:
     records = manifest.verification
     greedy = next(iter(records.values()))["greedy"]
     _, height, width = model.picture_shape
+    encoder = PromptEncoder.of(bundle, read_tokenizer(bundle.tokenizer_path))
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "QUESTION"}]}
+    prompt = encoder.render([question])
+    adds = encoder.adds_special_tokens(prompt)
     text = _CARD.substitute(
         vision=source["vision_model"],
         projector=source["projector"],
@@ -163,16 +169,16 @@ def write_card(bundle: Bundle, manifest: Manifest) -> None:
         prompts=greedy["prompts"],
         new_tokens=greedy["max_new_tokens"],
         parity=_parity(records) + _scores(records),
-        script=_script(bundle, manifest),
+        script=_script(bundle, manifest, prompt, adds),
         dtype=dtype_of(manifest.precisions[0]),
         image_token=model.image_token,
         speed=_speed(records),
         licence_keys="".join(f"{key}: {json.dumps(text)}\n" for key, text in source["licence"]["stated"].items()),
         licence=_licence(source["licence"]),
-        mobile=mobile_text(bundle, manifest, adds_special_tokens=_adds_special_tokens(bundle)),
-        answers=_answers(bundle),
-        js_adds=json.dumps(_adds_special_tokens(bundle)),
-        why=_why(bundle),
+        mobile=mobile_text(bundle, manifest, adds_special_tokens=adds),
+        answers=_answers(bundle, encoder.tokenizer),
+        js_adds=json.dumps(adds),
+        why=_why(bundle, adds),
     )
     (bundle.path / CARD).write_text(text, encoding="utf-8")
 
@@ -236,11 +242,10 @@ def _speed(records: Mapping[str, Any]) -> str:
     return f"{textwrap.fill(text, 120)}\n\n{_table(rows)}"
 
 
-def _answers(bundle: Bundle) -> str:
+def _answers(bundle: Bundle, tokenizer: Tokenizer) -> str:
     """What ends an answer, and what becomes of the settings in generation_config.json."""
     config = json.loads((bundle.path / "generation_config.json").read_text(encoding="utf-8"))
     settings, left = GenerationSettings.from_config(config), not_obeyed(config)
-    tokenizer = read_tokenizer(bundle.tokenizer_path)
     ends = (tokenizer.id_to_token(token) or str(token) for token in bundle.model.eos_token_ids)
     text = f"{' or '.join(f'`{end}`' for end in ends)} ends an answer."
     draws = {"do_sample", "temperature", "top_k", "top_p"} if settings.do_sample else set()
@@ -303,26 +308,16 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-def _prompt(bundle: Bundle) -> str:
-    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "QUESTION"}]}
-    return PromptEncoder.of(bundle, read_tokenizer(bundle.tokenizer_path)).render([question])
-
-
-def _adds_special_tokens(bundle: Bundle) -> bool:
-    return adds_special_tokens(_prompt(bundle), bundle.special_tokens.get("bos_token"))
-
-
-def _why(bundle: Bundle) -> str:
+def _why(bundle: Bundle, adds: bool) -> str:
     """Why a script encodes a prompt with or without the tokenizer's special tokens."""
-    if _adds_special_tokens(bundle):
-        return "BOS, if the tokenizer has one"
-    return f"the template writes {bundle.special_tokens['bos_token']} itself"
+    return (
+        "BOS, if the tokenizer has one" if adds else f"the template writes {bundle.special_tokens['bos_token']} itself"
+    )
 
 
-def _script(bundle: Bundle, manifest: Manifest) -> str:
+def _script(bundle: Bundle, manifest: Manifest, prompt: str, adds: bool) -> str:
     model, preprocessing = manifest.model, bundle.preprocessing
     _, height, width = model.picture_shape
-    prompt = _prompt(bundle)
     positions = '        "position_ids": np.arange(length, length + new)[None],\n'
     return _SCRIPT.substitute(
         positions=positions if bundle.graph(DECODER).form == PORTABLE else "",
@@ -334,8 +329,8 @@ def _script(bundle: Bundle, manifest: Manifest) -> str:
         mean=preprocessing.mean or 0,
         std=preprocessing.std or 1,
         prompt=repr(prompt),
-        adds=_adds_special_tokens(bundle),
-        why=_why(bundle),
+        adds=adds,
+        why=_why(bundle, adds),
         image_token=model.image_token,
         image_token_id=model.image_token_id,
         tokens=model.tokens_per_picture,
