@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from .bundle import DECODER, NUM_LOGITS_TO_KEEP, Bundle
 from .graphs import ExportError
 from .parity import Answer, Difference, SamplePrompt, make_prompt
-from .pixels import PictureError, open_picture, to_pixels
+from .pixels import PictureError, read_pixels
 from .prompt import read_tokenizer
 from .verification import REMEMBERED, Array, GraphRunner, Greedy
 
@@ -111,7 +111,7 @@ def _read_pair(bundle: Bundle, tokenizer: Tokenizer, record: Any, where: str, ro
     pixels_PCHW = None
     if image:
         try:
-            pixels_PCHW = to_pixels(open_picture(root / image), bundle.preprocessing)[None]
+            pixels_PCHW = read_pixels(root / image, bundle.preprocessing)[None]
         except PictureError as error:
             raise CalibrationError(f"{where}: {error}; or give another --picture-root") from error
     prompt = make_prompt(bundle, tokenizer, question.replace(_PLACEHOLDER, "").strip(), pixels_PCHW)

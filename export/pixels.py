@@ -21,8 +21,23 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb: 256 MB as RGB
 
+Picture = str | Path | bytes | Image.Image  # a path, a file's bytes, or what Pillow opened or made
+
+_READ_AS = {*FORMATS, "MPO"}  # what Pillow calls them once opened: MPO is a JPEG with further pictures behind it
 # What Pillow's readers raise on damaged data.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, OverflowError, struct.error, zlib.error)
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    RuntimeError,
+    AssertionError,
+    struct.error,
+    zlib.error,
+)
 
 
 class PictureError(ValueError):
@@ -47,6 +62,12 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if self.resample not in set(Image.Resampling):
             raise PictureError(f"preprocessing: resample is {self.resample}, expected one of 0 to 5 as Pillow counts")
+        for name, given in (("size", self.size), ("crop_size", self.crop)):
+            height, width = given if isinstance(given, tuple) else (given or 0, given or 0)
+            if given is not None and not (height > 0 and width > 0 and height * width <= MAX_PIXELS):
+                raise PictureError(
+                    f"preprocessing: {name} is {given}, expected sides of 1 or more and at most {MAX_PIXELS:,} pixels"
+                )
         if (self.mean is None) != (self.std is None):
             raise PictureError("preprocessing: image_mean and image_std must be given together")
         if self.std is not None and min(self.std) <= 0:
@@ -105,22 +126,39 @@ def _per_channel(value: Any, name: str) -> tuple[float, float, float]:
     raise PictureError(f"preprocessing: {name} is {value}, expected one number or three")
 
 
-def open_picture(source: str | Path | bytes) -> Image.Image:
+def read_pixels(source: Picture, preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
+    """Turn a picture by any door into the model's float32 pixels_CHW: always the same, or the same PictureError."""
+    return to_pixels(open_picture(source), preprocessing, _name(source))
+
+
+def open_picture(source: Picture) -> Image.Image:
     """Read any picture a person has as upright RGB: turned by its EXIF, alpha on white, 16 bit scaled, first frame.
 
-    `source` is a path or the file's bytes. Raises PictureError naming the file, the reason and the way out.
+    `source` is a path, the file's bytes, or a Pillow image, which stays open and in the frame where it is. Raises
+    PictureError naming the file, the reason and the way out.
     """
+    if isinstance(source, Image.Image):
+        _check_opened(source)
+        return decode(source, source)
     with open_header(source) as picture:
         return decode(picture, source)
 
 
-def decode(picture: Image.Image, source: str | Path | bytes) -> Image.Image:
+def decode(picture: Image.Image, source: Picture) -> Image.Image:
     """Decode what `open_header` opened from `source`, as `open_picture` does. Raises PictureError."""
+    name, closed = _name(source), isinstance(source, Image.Image) and _is_closed(source)
     try:
         picture.load()
+        _check_size(picture.size, name)  # what is inside an icon may be larger than the icon says
         return to_rgb(_upright(picture))
+    except PictureError:
+        raise
+    except Image.DecompressionBombError:
+        raise _too_large(name) from None
     except _BROKEN as error:
-        raise PictureError(f"{_name(source)}: damaged ({_one_line(error)}); save it again as PNG or JPEG") from error
+        if closed or "closed image" in str(error):
+            raise PictureError(f"{name}: its file is closed; ask before closing it, or give the file's path") from error
+        raise PictureError(f"{name}: damaged ({_one_line(error)}); save it again as PNG or JPEG") from error
 
 
 def open_header(source: str | Path | bytes) -> Image.Image:
@@ -143,14 +181,39 @@ def open_header(source: str | Path | bytes) -> Image.Image:
     except _BROKEN as error:
         raise PictureError(f"{name}: cannot be opened ({_one_line(error)}); save it again as PNG or JPEG") from error
     # Warnings may be off in another thread of this process: the size is checked here too.
-    if picture.width * picture.height > MAX_PIXELS:
+    try:
+        _check_size(picture.size, name)
+    except PictureTooLarge:
         picture.close()
-        raise _too_large(name)
+        raise
     return picture
 
 
-def _name(source: str | Path | bytes) -> str:
+def _check_opened(picture: Image.Image) -> None:
+    """Refuse of a Pillow image what is refused of a file, before anything of it is decoded."""
+    if picture.format is not None and picture.format not in _READ_AS:
+        raise PictureError(
+            f"{_name(picture)}: not a picture in a known format ({picture.format}); save it as PNG or JPEG, or convert "
+            "it to RGB yourself"
+        )
+    _check_size(picture.size, _name(picture))
+
+
+def _is_closed(picture: Image.Image) -> bool:
+    """Whether the file is closed that a Pillow image came from; it may have been read by then."""
+    file = getattr(picture, "fp", None)
+    return file is None or bool(getattr(file, "closed", False))
+
+
+def _name(source: Picture) -> str:
+    if isinstance(source, Image.Image):
+        return str(getattr(source, "filename", "")) or "the picture"
     return "the picture" if isinstance(source, bytes) else str(source)
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise _too_large(name)
 
 
 def _too_large(name: str) -> PictureTooLarge:
@@ -194,17 +257,18 @@ def _deep_grey(picture: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip(np.rint((grey_HW - low) * scale), 0, 255).astype(np.uint8))
 
 
-def to_pixels(picture: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
+def to_pixels(picture: Image.Image, preprocessing: Preprocessing, name: str = "the picture") -> npt.NDArray[np.float32]:
     """Turn a picture into the model's float32 pixels_CHW, equal to Hugging Face's Pillow image processors.
 
-    Raises PictureError where the picture has an edge of zero.
+    Raises PictureError where the picture has an edge of zero, or grows beyond what is decoded.
     """
     if 0 in picture.size:
-        raise PictureError(f"the picture is {picture.width}x{picture.height}; it needs at least one pixel")
+        raise PictureError(f"{name}: is {picture.width}x{picture.height}; it needs at least one pixel")
+    check_growth(picture.size, preprocessing, name)
     picture = to_rgb(picture)
     if preprocessing.size is not None:
         picture = picture.resize(
-            _resized(picture, preprocessing.size), resample=Image.Resampling(preprocessing.resample)
+            _resized(picture.size, preprocessing.size), resample=Image.Resampling(preprocessing.resample)
         )
     pixels_HWC: npt.NDArray[Any] = np.asarray(picture)
     if preprocessing.crop is not None:
@@ -228,12 +292,28 @@ def _values(preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(values_VC.T)
 
 
-def _resized(picture: Image.Image, size: tuple[int, int] | int) -> tuple[int, int]:
+def check_growth(size: tuple[int, int], preprocessing: Preprocessing, name: str) -> None:
+    """Raise PictureTooLarge where a picture of this size, upright or turned, is of too many pixels once resized.
+
+    A narrow one gets long where its shortest edge is what is asked for. On the way there it is as wide as the result
+    and as high as before: Pillow resizes each row first.
+    """
+    if preprocessing.size is None:
+        return
+    wide, high = _resized(size, preprocessing.size)
+    if max(wide * high, wide * size[1], high * size[0]) > MAX_PIXELS:
+        raise PictureTooLarge(
+            f"{name}: {size[0]} x {size[1]} is too narrow: resized to {wide} x {high} as the model wants it, it takes "
+            f"more than {MAX_PIXELS:,} pixels on the way; crop it first"
+        )
+
+
+def _resized(have: tuple[int, int], size: tuple[int, int] | int) -> tuple[int, int]:
     """Width and height (Pillow's order) after resizing."""
     if isinstance(size, tuple):
         return size[1], size[0]
-    long = int(size * max(picture.size) / min(picture.size))
-    return (size, long) if picture.width <= picture.height else (long, size)
+    long = int(size * max(have) / min(have))
+    return (size, long) if have[0] <= have[1] else (long, size)
 
 
 def _center_crop(pixels_HWC: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:

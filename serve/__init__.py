@@ -1,12 +1,11 @@
 """Serving: a bundle folder, pictures and messages in, streamed answers out; never imports torch."""
 
 from switchkd.export.bundle import BundleError
-from switchkd.export.pixels import PictureError
+from switchkd.export.pixels import Picture, PictureError
 from switchkd.export.prompt import Message, PromptError
 
 from .conversation import ConversationError
 from .engine import MAX_NEW_TOKENS, Answer, AnswerStream, Engine, Seconds
-from .picture_encoder import Picture
 from .sampling import Sampling, SamplingError
 
 __all__ = [

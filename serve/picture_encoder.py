@@ -6,18 +6,16 @@ Shapes in names: C channels, H height, W width, N visual tokens, D hidden width 
 import hashlib
 import threading
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from switchkd.export.bundle import VISION_ENCODER, Bundle
-from switchkd.export.pixels import open_picture, to_pixels
+from switchkd.export.pixels import Picture as Picture  # as a name of this module too
+from switchkd.export.pixels import read_pixels
 
 from .graph_session import GraphSession
 
-Picture = str | Path | bytes | Image.Image
 Pixels = npt.NDArray[np.float32]
 Features = npt.NDArray[np.float32]
 
@@ -34,8 +32,7 @@ class PictureEncoder:
 
     def pixels(self, picture: Picture) -> Pixels:
         """Read a picture (a path, a file's bytes or a Pillow image) as pixels_CHW; raises PictureError."""
-        opened = picture if isinstance(picture, Image.Image) else open_picture(picture)
-        return to_pixels(opened, self._preprocessing)
+        return read_pixels(picture, self._preprocessing)
 
     def encode(self, pixels_CHW: Pixels) -> Features:
         """Return features_ND; the same pixels again cost a hash, whatever file they came from."""

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from switchkd.export.control_tokens import ControlTokens
-from switchkd.export.pixels import PictureError, Preprocessing, open_picture, to_pixels
+from switchkd.export.pixels import PictureError, PictureTooLarge, Preprocessing, read_pixels
 from switchkd.export.prompt import PromptError, adds_special_tokens, render_chat
 
 from .record_keys import SYSTEM_KEYS, unread_keys, unread_turn_keys
@@ -408,7 +408,9 @@ class ConversationDataset(Dataset[Sample]):
 
     def _pixels(self, record: dict[str, Any], name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         try:
-            return to_pixels(open_picture(self._pictures / name), self._preprocessing)
+            return read_pixels(self._pictures / name, self._preprocessing)
+        except PictureTooLarge as error:
+            raise BrokenRecord(Reason.TOO_LARGE, f"{_name(record)}: {error}") from None
         except PictureError as error:
             raise BrokenRecord(Reason.UNREADABLE, f"{_name(record)}: {error}") from None
 

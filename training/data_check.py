@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
+from switchkd.export.pixels import Preprocessing
+
 from .conversations import BrokenRecord, ConversationEncoder, DataError, grouping_length, picture_of, to_messages
 from .data_sources import SOURCES, source_of
 from .picture_check import Fault, check_pictures, in_parallel
@@ -134,10 +136,16 @@ def _fault(error: BrokenRecord) -> Fault:
     return Fault(error.reason, str(error))
 
 
-def check_data(data: DataRecipe, encoder: ConversationEncoder | None, memory: Path | None) -> DataCheck:
+def check_data(
+    data: DataRecipe,
+    encoder: ConversationEncoder | None,
+    memory: Path | None,
+    preprocessing: Preprocessing | None = None,
+) -> DataCheck:
     """Check all records and then their pictures; what is found is kept in the folder `memory`.
 
-    Without an encoder tokens are not counted. Raises DataError for files that cannot be read at all.
+    Without an encoder tokens are not counted, and without `preprocessing` no picture is refused for what it becomes.
+    Raises DataError for files that cannot be read at all.
     """
     files = tuple(Path(path) for path in data.records)
     kept = None if memory is None else memory / f"records-{_key(files, encoder)}.npz"
@@ -146,7 +154,7 @@ def check_data(data: DataRecipe, encoder: ConversationEncoder | None, memory: Pa
         check = _check_records(read_records(*files), encoder)
         if kept is not None:
             _save(kept, check)
-    faults = check_pictures(data, check.pictures, memory)
+    faults = check_pictures(data, check.pictures, memory, preprocessing)
     affected = np.flatnonzero(np.isin(check.picture_N, list(faults))).tolist()
     broken = {number: _broken(check.records, number, faults[int(check.picture_N[number])]) for number in affected}
     return replace(check, broken=dict(sorted((check.broken | broken).items())))

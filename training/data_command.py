@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from switchkd.export.pixels import Preprocessing
 from switchkd.export.projectors import tokens_per_picture
 
 from .conversations import ConversationEncoder, DataError
@@ -76,7 +77,8 @@ def _check(args: argparse.Namespace) -> int:
     for names, given, recipe in sets:
         data = replace(given, **changes)
         encoder, reason = _encoder(recipe, data)
-        found = check_data(data, encoder, None if recipe is None else Path(recipe.output) / DATA_CHECK)
+        memory = None if recipe is None else Path(recipe.output) / DATA_CHECK
+        found = check_data(data, encoder, memory, None if recipe is None else _preprocessing(recipe))
         trainable = found.share <= data.max_broken and len(found.broken) < len(found.records)
         if args.list is not None:
             with args.list.open("a", encoding="utf-8", errors="replace") as file:
@@ -159,6 +161,17 @@ def _convert(args: argparse.Namespace) -> int:
         share = percent(tally.share_refused)
         print(f"{tally.refused.total():,} refused ({share}): {reasons}; all of them: {refused_list(out)}")
     return 0 if tally.share_refused <= args.max_broken else 1
+
+
+def _preprocessing(recipe: Recipe) -> Preprocessing | None:
+    """How the recipe's student prepares pictures, or None where that is not known: training tells why."""
+    from transformers import AutoImageProcessor
+
+    source = recipe.model.checkpoint or recipe.model.encoder
+    try:
+        return Preprocessing.from_config(AutoImageProcessor.from_pretrained(source, backend="pil").to_dict())
+    except (ValueError, OSError):  # transformers' for a folder without settings, and PictureError
+        return None
 
 
 def _download(args: argparse.Namespace) -> int:

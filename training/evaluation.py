@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from switchkd.export.pixels import open_picture, to_pixels
+from switchkd.export.pixels import read_pixels
 
 from .conversations import to_messages
 from .vlm import Vlm
@@ -44,7 +44,7 @@ def generate_answers(
         ids_BT = torch.tensor([[padding] * (length - len(prompt)) + prompt for prompt in prompts])
         attention_BT = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         pixels = [
-            torch.from_numpy(to_pixels(open_picture(pictures / record["image"]), preprocessing))
+            torch.from_numpy(read_pixels(pictures / record["image"], preprocessing))
             for record in rows
             if record.get("image")
         ]

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from switchkd.export.pixels import PictureError, PictureTooLarge, decode, open_header
+from switchkd.export.pixels import PictureError, PictureTooLarge, Preprocessing, check_growth, decode, open_header
 
 from .conversations import Reason
 from .recipe import DataRecipe
@@ -72,11 +72,16 @@ def _real(folder: Path) -> Path:
     return folder.resolve()
 
 
-def examine(path: Path, data: DataRecipe) -> Fault | None:
-    """Look at one picture file as `data.check` says; what is wrong with it, or None."""
+def examine(path: Path, data: DataRecipe, preprocessing: Preprocessing | None = None) -> Fault | None:
+    """Look at one picture file as `data.check` says; what is wrong with it, or None.
+
+    With the model's `preprocessing` a picture is also refused that only this makes too large.
+    """
     try:
         with open_header(path) as picture:
             fault = _odd_size(path, picture.size, data)
+            if fault is None and preprocessing is not None:
+                check_growth(picture.size, preprocessing, str(path))
             # Without the usual end a file is cut off, or only unusual: decoding tells.
             if fault is None and (data.check == "full" or not _ends_well(path, str(picture.format))):
                 decode(picture, path)
@@ -109,8 +114,15 @@ def _ends_well(path: Path, kind: str) -> bool:
 class PicturesUnderCheck(Dataset["Seen | None"]):
     """Each picture as it is found; None where it is as it was in `known_U2` (bytes, time of change)."""
 
-    def __init__(self, data: DataRecipe, names: Sequence[str], known_U2: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+    def __init__(
+        self,
+        data: DataRecipe,
+        names: Sequence[str],
+        known_U2: np.ndarray[Any, np.dtype[np.int64]],
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
         self._data = data
+        self._preprocessing = preprocessing
         self._root = root_of(data)
         self._names = names
         self._known_U2 = known_U2
@@ -128,7 +140,7 @@ class PicturesUnderCheck(Dataset["Seen | None"]):
             return None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata of a picture that is read all the same
-            return Seen(status.st_size, status.st_mtime_ns, examine(path, self._data))
+            return Seen(status.st_size, status.st_mtime_ns, examine(path, self._data, self._preprocessing))
 
 
 def root_of(data: DataRecipe) -> Path:
@@ -136,17 +148,19 @@ def root_of(data: DataRecipe) -> Path:
     return Path(os.path.abspath(data.pictures or "."))  # noqa: PTH100 - resolve() would follow links
 
 
-def check_pictures(data: DataRecipe, names: Sequence[str], memory: Path | None) -> dict[int, Fault]:
+def check_pictures(
+    data: DataRecipe, names: Sequence[str], memory: Path | None, preprocessing: Preprocessing | None = None
+) -> dict[int, Fault]:
     """What is wrong with which of the pictures, by their place in `names`.
 
     What is found is kept in the folder `memory`, line by line, so that an interrupted check goes on and a second one
     only asks whether the files are the same.
     """
-    known = _Known(None if memory is None else memory / f"pictures-{_key(data)}.jsonl")
+    known = _Known(None if memory is None else memory / f"pictures-{_key(data, preprocessing)}.jsonl")
     before = [known.pictures.get(name, Seen(-2, -2, None)) for name in names]
     known_U2 = np.array([seen[:2] for seen in before], dtype=np.int64).reshape(-1, 2)
     faults: dict[int, Fault] = {}
-    found = in_parallel(PicturesUnderCheck(data, names, known_U2), "checking pictures", "picture")
+    found = in_parallel(PicturesUnderCheck(data, names, known_U2, preprocessing), "checking pictures", "picture")
     for number, seen in enumerate(found):
         if seen is not None and seen.size >= 0:
             known.keep(names[number], seen)
@@ -176,9 +190,10 @@ def in_parallel(dataset: Dataset[Any], title: str, unit: str) -> Iterator[Any]:
             bar.update(len(batch))
 
 
-def _key(data: DataRecipe) -> str:
-    """Names what the findings depend on: the folder, the rules, and the version of what decodes."""
+def _key(data: DataRecipe, preprocessing: Preprocessing | None) -> str:
+    """Names what the findings depend on: the folder, the rules, the size asked for, and the version of what decodes."""
     rules = [data.check, data.max_pixels, data.min_side, data.max_aspect, data.follow_links]
+    rules += [None if preprocessing is None else preprocessing.size]
     return hashlib.sha256(json.dumps([str(root_of(data)), rules, PIL.__version__]).encode()).hexdigest()[:16]
 
 

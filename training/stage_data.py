@@ -65,7 +65,7 @@ def stage_dataset(
     listed = memory / f"{stage.name}.skipped.jsonl"
 
     def select() -> Selection:
-        check = check_data(stage.data, encoder, memory)
+        check = check_data(stage.data, encoder, memory, preprocessing)
         list_broken(listed, check)
         check.refuse_above(stage.data.max_broken, listed)
         if check.broken:

@@ -12,7 +12,15 @@ from PIL import Image
 from transformers.models.clip import CLIPImageProcessorPil
 from transformers.models.siglip import SiglipImageProcessorPil
 
-from switchkd.export.pixels import MAX_PIXELS, PictureError, Preprocessing, open_picture, to_pixels
+from switchkd.export.pixels import (
+    MAX_PIXELS,
+    PictureError,
+    PictureTooLarge,
+    Preprocessing,
+    open_picture,
+    read_pixels,
+    to_pixels,
+)
 
 MODES = ["RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "YCbCr"]
 SIZES = [(24, 24), (37, 53), (101, 17), (1, 9), (300, 200)]
@@ -122,9 +130,8 @@ def test_cmyk_jpeg() -> None:
     assert np.abs(np.asarray(opened).astype(int) - (200, 100, 50)).max() < 6
 
 
-def bomb() -> bytes:
+def bomb(side: int = int(MAX_PIXELS**0.5) + 1) -> bytes:
     """A PNG header that promises more pixels than are allowed, with nearly no data behind it."""
-    side = int(MAX_PIXELS**0.5) + 1
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" * 64))]
     parts = [
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
@@ -154,6 +161,111 @@ def test_refused_in_one_line(content: bytes, reason: str, tmp_path: Path) -> Non
     assert "\n" not in str(caught.value)
     with pytest.raises(PictureError, match=reason):
         open_picture(content)
+
+
+SMALL = Preprocessing.from_config({"size": {"height": 24, "width": 24}, "image_mean": 0.5, "image_std": 0.5})
+
+
+def turned_jpeg() -> bytes:
+    note = Image.Exif()
+    note[0x0112] = 6
+    return save(picture(), "JPEG", exif=note)
+
+
+def animation() -> bytes:
+    return save(picture("P"), "GIF", save_all=True, append_images=[Image.new("P", (37, 53), 7)])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        turned_jpeg(),
+        save(picture("RGBA"), "PNG"),
+        save(Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16), "TIFF"),
+        animation(),
+        save(picture(), "MPO", save_all=True, append_images=[picture(), picture()]),
+    ],
+    ids=["turned", "clear", "16 bit", "animated", "several"],
+)
+def test_every_door_gives_the_same_pixels(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "picture"
+    path.write_bytes(content)
+    by_path = read_pixels(path, SMALL)
+    loaded = Image.open(path)
+    loaded.load()
+    for other in (str(path), content, Image.open(path), Image.open(io.BytesIO(content)), loaded):
+        np.testing.assert_array_equal(read_pixels(other, SMALL), by_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (save(picture(), "PNG")[:600], "damaged"),
+        (save(picture(), "JPEG")[:1000], "damaged"),
+        (save(picture(), "BMP")[:1000], "damaged"),
+        (save(picture(), "SGI"), "not a picture in a known format"),
+        (bomb(), "more than 89,478,485 pixels"),
+    ],
+    ids=["cut png", "cut jpeg", "cut bitmap", "another format", "bomb"],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_every_door_refuses_the_same(content: bytes, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "picture"
+    path.write_bytes(content)
+    for source in (path, content, Image.open(path), Image.open(io.BytesIO(content))):
+        with pytest.raises(PictureError, match=f": {reason}") as caught:
+            read_pixels(source, SMALL)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_picture_whose_file_is_closed_is_told_from_a_damaged_one(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    picture().save(path)
+    with Image.open(path) as read, Image.open(path) as left:
+        read.load()
+    closed = Image.new("RGB", (4, 4))
+    closed.close()
+    with path.open("rb") as file:
+        lent = Image.open(file)
+    assert read_pixels(read, SMALL).shape == (3, 24, 24)  # it was read in time
+    for late in (left, closed, lent):
+        with pytest.raises(PictureError, match="its file is closed; ask before closing it"):
+            read_pixels(late, SMALL)
+
+
+def test_a_picture_larger_than_its_icon_says() -> None:
+    data = bomb(20_000)
+    icon = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(data), 22) + data
+    with pytest.raises(PictureTooLarge, match="more than 89,478,485 pixels"):
+        read_pixels(icon, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("size", "shortest"), [((1, 20_000), 336), ((20_000, 1), 336), ((5_000_000, 1), 24), ((3, 900_000), 24)]
+)
+def test_what_resizing_makes_too_large_is_refused_before_it(
+    size: tuple[int, int], shortest: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "narrow.png"
+    Image.new("1", size).save(path)
+    narrow = Preprocessing.from_config({"size": {"shortest_edge": shortest}, "do_normalize": False})
+    with pytest.raises(PictureTooLarge, match=rf"narrow\.png: {size[0]} x {size[1]} is too narrow: resized to "):
+        read_pixels(path, narrow)
+    # Where both edges are given the result is small, but not what lies between the two passes.
+    if max(size) * 24 > MAX_PIXELS:
+        with pytest.raises(PictureTooLarge, match="resized to 24 x 24"):
+            read_pixels(path, SMALL)
+
+
+def test_as_narrow_as_fits_is_resized() -> None:
+    narrow = Preprocessing.from_config({"size": {"shortest_edge": 8}, "do_normalize": False})
+    assert read_pixels(Image.new("RGB", (1, 20_000)), narrow).shape == (3, 160_000, 8)
+
+
+@pytest.mark.parametrize("size", [{"height": 0, "width": 4}, {"height": 100_000, "width": 1000}, {"shortest_edge": -1}])
+def test_a_size_that_no_picture_can_have(size: dict[str, int]) -> None:
+    with pytest.raises(PictureError, match=r"size is .*, expected sides of 1 or more and at most 89,478,485 pixels"):
+        Preprocessing.from_config({"size": size, "do_normalize": False})
 
 
 def test_no_such_picture(tmp_path: Path) -> None:

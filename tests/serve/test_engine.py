@@ -124,6 +124,22 @@ def test_a_known_picture_is_not_encoded_again(engine: Engine, pictures: list[Ima
     assert encoder.encode(encoder.pixels(pictures[1])) is not first
 
 
+def test_a_pillow_image_is_turned_and_refused_as_its_file_is(
+    engine: Engine, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    turned, cut = tmp_path / "turned.jpg", tmp_path / "cut.jpg"
+    note = Image.Exif()
+    note[0x0112] = 6
+    pictures[2].save(turned, exif=note)
+    pixels_CHW = engine.encoder.pixels(turned)
+    assert not np.array_equal(pixels_CHW, engine.encoder.pixels(pictures[2]))
+    np.testing.assert_array_equal(engine.encoder.pixels(Image.open(turned)), pixels_CHW)
+    cut.write_bytes(turned.read_bytes()[:-300])
+    for picture in (cut, Image.open(cut)):
+        with pytest.raises(PictureError, match=r"cut\.jpg: damaged"):
+            engine.stream(QUESTION, [picture])
+
+
 def test_only_the_latest_pictures_are_remembered(tiny_bundle: Path, pictures: list[Image.Image]) -> None:
     from switchkd.serve.picture_encoder import PictureEncoder
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from switchkd.cli.main import main
-from switchkd.training.conversations import IGNORED, Reason, to_messages
+from switchkd.training.conversations import IGNORED, BrokenRecord, ConversationDataset, Reason, to_messages
 from switchkd.training.data_check import check_data
 from switchkd.training.data_report import lines, report
 from switchkd.training.data_sources import (
@@ -266,6 +266,33 @@ def test_headers_alone_miss_damage_in_the_middle_and_full_finds_it(
         check_data(recipe_of(tmp_path, "r.json", check=check), None, None).broken for check in ("headers", "full")
     ]
     assert [len(found) for found in broken] == [0, 1]
+
+
+def test_a_picture_that_only_the_resizing_makes_too_large_is_found_before_training(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    settings = json.loads((checkpoint / "processor_config.json").read_text())
+    settings["image_processor"] |= {"size": {"shortest_edge": 700}, "do_center_crop": True, "crop_size": 24}
+    (checkpoint / "processor_config.json").write_text(json.dumps(settings))
+    (tmp_path / "pictures").mkdir()
+    for name, size in {"a": (1600, 8), "b": (60, 40)}.items():  # 700 times 140,000 pixels, and 700 times 1,050
+        photo(1, size).save(tmp_path / "pictures" / f"{name}.jpg")
+    records = [{"id": name, "image": f"{name}.jpg", "conversations": turns()} for name in "ab"]
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    data = recipe_of(tmp_path, "r.json")
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint, data, tmp_path / "out")
+    assert main(["data", "check", str(recipe), "--json", "--list", str(tmp_path / "all.jsonl")]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["sets"]
+    assert found["left_out"] == {Reason.TOO_LARGE: 1}
+    (row,) = map(json.loads, (tmp_path / "all.jsonl").read_text().splitlines())
+    assert "a.jpg: 1600 x 8 is too narrow: resized to 140000 x 700 as the model wants it" in row["detail"]
+    encoder, preprocessing = load_vlm(checkpoint).inputs(120)
+    dataset = ConversationDataset(records, tmp_path / "pictures", encoder, preprocessing)
+    assert dataset[1].pixels_CHW is not None
+    with pytest.raises(BrokenRecord, match="too narrow") as caught:
+        dataset[0]
+    assert caught.value.reason == Reason.TOO_LARGE
 
 
 def test_links_out_of_the_folder_are_followed_when_asked_for(data: tuple[Path, dict[str, Reason]]) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, SiglipVisionConfig, SiglipVisionModel
 
-from switchkd.export.pixels import Preprocessing, open_picture, to_pixels
+from switchkd.export.pixels import Preprocessing, read_pixels
 
 from .scenes import COLOURS, PICTURE_SIDE, POSITIONS, SHAPES
 
@@ -81,7 +81,7 @@ class RegionDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = self._rows[index]
-        pixels_CHW = to_pixels(open_picture(self._pictures / row["image"]), self._preprocessing)
+        pixels_CHW = read_pixels(self._pictures / row["image"], self._preprocessing)
         phrases = [phrase_index(thing["cell"], thing["colour"], thing["shape"]) for thing in row["things"]]
         return {
             "pixel_values": torch.from_numpy(pixels_CHW),
