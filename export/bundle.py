@@ -117,6 +117,13 @@ class Bundle:
         `check_hashes`. No graph is loaded before every check has passed. Raises BundleError.
         """
         path = Path(path)
+        try:
+            return cls._open(path, precision, check_hashes)
+        except OSError as error:  # no right to look into it, a name that no file can have, a disk that fails
+            raise BundleError(f"{path}: cannot be read ({error.strerror}); see to its disk and permissions") from error
+
+    @classmethod
+    def _open(cls, path: Path, precision: str | None, check_hashes: bool) -> Self:
         manifest = read_manifest(path)
         if precision is None and manifest.precisions:
             precision = manifest.precisions[0]
@@ -197,6 +204,10 @@ class Bundle:
 
 def read_manifest(path: Path) -> Manifest:
     """Read a bundle folder's manifest.json, or raise BundleError saying what stands there instead."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise BundleError(f"{path}: not a name in UTF-8, by which onnxruntime opens files; rename the folder") from None
     if not path.exists():
         raise BundleError(f"{path}: no such folder; make a bundle with `switchkd export CHECKPOINT {path}`")
     if not path.is_dir():
@@ -216,21 +227,33 @@ def _check_files(path: Path, manifest: Manifest, check_hashes: bool) -> None:
     for name in [*REQUIRED_FILES, *needed]:
         if name not in manifest.files:
             raise BundleError(f"{path / MANIFEST}: does not list {name}, which every bundle needs; export again")
-    root = path.resolve()
-    for name, facts in manifest.files.items():
+    places = _places(path.resolve())
+    for name in (MANIFEST, *manifest.files):
         relative = PurePosixPath(name)
         if relative.is_absolute() or ".." in relative.parts or "\\" in name:
             raise BundleError(f"{path / MANIFEST}: lists {name!r}, which is outside the bundle; do not use this bundle")
         file = path / relative
         if not file.is_file():
             raise BundleError(f"{file}: missing; copy the bundle again or export again")
-        if not file.resolve().is_relative_to(root):
+        if not any(file.resolve().is_relative_to(place) for place in places):
             raise BundleError(f"{file}: links to outside the bundle; do not use this bundle")
-        size = file.stat().st_size
+    for name, facts in manifest.files.items():
+        file, size = path / name, (path / name).stat().st_size
         if size != facts.bytes:
             raise BundleError(f"{file}: {size:,} bytes, the manifest says {facts.bytes:,}; copy the bundle again")
         if check_hashes and sha256(file) != facts.sha256:
             raise BundleError(f"{file}: its SHA-256 is not the manifest's, so it was altered; copy the bundle again")
+
+
+def _places(root: Path) -> list[Path]:
+    """Where the files of a bundle may really lie: in its folder, or in the blobs of the hub's cache that it is in.
+
+    That cache keeps a file once, under its hash, and links to it: snapshots/REVISION/NAME to blobs/HASH.
+    """
+    for folder in (root, *root.parents):
+        if folder.parent.name == "snapshots":
+            return [root, (folder.parent.parent / "blobs").resolve()]
+    return [root]
 
 
 def _check_unlisted(path: Path, manifest: Manifest, everything: bool) -> None:

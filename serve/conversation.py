@@ -20,6 +20,7 @@ def to_messages(question: str | Sequence[Message], pictures: int) -> list[Messag
     if isinstance(question, str):
         if not question.strip():
             raise ConversationError("the question is empty; ask something")
+        _check_characters(question, "the question")
         parts = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": question.strip()}]
         return [{"role": "user", "content": parts}]
     messages = list(question)
@@ -40,6 +41,7 @@ def _check_message(message: Message, where: str) -> int:
         raise ConversationError(f"{where}: expected an object with role and content")
     content = message.get("content")
     if isinstance(content, str):
+        _check_characters(content, where)
         return 0
     if not isinstance(content, Sequence):
         raise ConversationError(f"{where}: content is {type(content).__name__}, expected text or a list of parts")
@@ -52,7 +54,20 @@ def _check_message(message: Message, where: str) -> int:
             raise ConversationError(
                 f'{where}: a part is {part!r}, expected {{"type": "image"}} or {{"type": "text", "text": ...}}'
             )
+        else:
+            _check_characters(part["text"], where)
     return pictures
+
+
+def _check_characters(text: str, where: str) -> None:
+    """Raise ConversationError for a lone surrogate: Python's sign for a byte that it could not read as a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConversationError(
+            f"{where}: character {error.start + 1} is none (U+{ord(text[error.start]):04X}): the text came in another "
+            "encoding than this system's, or was cut within a character; write it in UTF-8"
+        ) from None
 
 
 class PromptTokens:

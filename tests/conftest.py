@@ -1,5 +1,6 @@
 """Fixtures that tests of several rooms share: a tiny real LLaVA checkpoint, made here, with random weights."""
 
+import hashlib
 import json
 import os
 import platform
@@ -68,6 +69,23 @@ def tiny_bundle(tiny_checkpoint: Path) -> Iterator[Path]:
         path = Path(folder) / "bundle"
         export_checkpoint(tiny_checkpoint, path, pairs=6)
         yield path
+
+
+@pytest.fixture(scope="session")
+def hub_snapshot(tiny_bundle: Path) -> Iterator[Path]:
+    """The bundle as the hub's cache keeps it: every file once in `blobs`, under its hash, and links to it."""
+    with tempfile.TemporaryDirectory(prefix="hub-") as cache:
+        repository = Path(cache) / "models--somebody--tiny"
+        snapshot = repository / "snapshots" / "0123456789abcdef"
+        (repository / "blobs").mkdir(parents=True)
+        for file in tiny_bundle.rglob("*"):
+            if file.is_file():
+                blob = repository / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+                shutil.copyfile(file, blob)
+                link = snapshot / file.relative_to(tiny_bundle)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(os.path.relpath(blob, link.parent))
+        yield snapshot
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """A bundle opens when it is whole, and is refused in one line when it is not."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -105,6 +106,45 @@ def test_link_outside_the_folder(bundle: Path) -> None:
     file.rename(bundle.parent / "tokenizer.json")
     file.symlink_to(bundle.parent / "tokenizer.json")
     refused(bundle, "links to outside")
+
+
+def test_a_hub_cache_keeps_its_files_elsewhere(hub_snapshot: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    there, here = Bundle.open(hub_snapshot, check_hashes=True), Bundle.open(tiny_bundle)
+    assert (there.manifest, there.chat_template) == (here.manifest, here.chat_template)
+    behind = tmp_path / "a link"
+    behind.symlink_to(hub_snapshot)
+    Bundle.open(behind, check_hashes=True)
+
+
+@pytest.mark.parametrize("leads", ["out of the cache", "to another repository", "beside the blobs", "on from a blob"])
+@pytest.mark.parametrize("name", ["tokenizer.json", MANIFEST])
+def test_links_out_of_a_hub_cache(hub_snapshot: Path, tmp_path: Path, leads: str, name: str) -> None:
+    copy = Path(shutil.copytree(hub_snapshot.parents[1], tmp_path / "models--a--b", symlinks=True))
+    snapshot = copy / "snapshots" / hub_snapshot.name
+    content = (snapshot / name).read_bytes()
+    blob = (snapshot / name).resolve()
+    elsewhere = {
+        "out of the cache": tmp_path / "secret",
+        "to another repository": tmp_path / "models--c--d" / "blobs" / blob.name,
+        "beside the blobs": copy / "refs" / "main",
+        "on from a blob": tmp_path / "secret",
+    }[leads]
+    elsewhere.parent.mkdir(parents=True, exist_ok=True)
+    elsewhere.write_bytes(content)
+    link = blob if leads == "on from a blob" else snapshot / name
+    link.unlink()
+    link.symlink_to(elsewhere)
+    refused(snapshot, f"{name}: links to outside the bundle")
+
+
+@pytest.mark.parametrize("name", ["Bündel für zwölf Bilder", "a b", "%20 #1 [x] 'y'", "模型"])
+def test_any_name_will_do(bundle: Path, name: str) -> None:
+    Bundle.open(bundle.rename(bundle.parent / name), check_hashes=True)
+
+
+def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+    refused(tmp_path / ("a" * 300), r"cannot be read \(File name too long\)")
+    refused(Path(os.fsdecode(b"/tmp/B\xfcndel")), "not a name in UTF-8, by which onnxruntime opens files")
 
 
 def remove_model_field(content: dict[str, Any]) -> None:

@@ -67,6 +67,26 @@ def test_a_mistake_without_torch_is_one_line_and_exit_code_2(tiny_bundle: Path, 
     assert done.stderr == "switchkd: error: nowhere.png: no such file; check the path\n"
 
 
+def test_a_bundle_answers_wherever_it_lies_and_is_left_as_it_is(
+    tiny_bundle: Path, hub_snapshot: Path, png: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = Path(shutil.copytree(tiny_bundle, tmp_path / "Bündel für zwölf 模型"))
+    behind = tmp_path / "link"
+    behind.symlink_to(named)
+
+    def state() -> list[tuple[Path, int]]:
+        files = [file for folder in (named, hub_snapshot.parents[1]) for file in (folder, *folder.rglob("*"))]
+        return sorted((file, file.stat().st_mtime_ns) for file in files)
+
+    before, answers = state(), set()
+    for place in (tiny_bundle, hub_snapshot, named, behind):
+        assert main(["ask", str(place), str(png), QUESTION, "--max-new-tokens", "8"]) == 0
+        answers.add(capsys.readouterr().out)
+    assert len(answers) == 1
+    assert main(["verify", str(hub_snapshot)]) == 0
+    assert state() == before  # so a disk that is only read will do
+
+
 def test_tokens_are_printed_as_they_come(tiny_bundle: Path, png: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
 

@@ -198,6 +198,12 @@ def test_a_prompt_beyond_the_context_is_refused(engine: Engine, pictures: list[I
         ([{"role": "user", "content": None}], 0, "content is NoneType"),
         ([{"role": "user", "content": [{"type": "audio"}]}], 0, "a part is {'type': 'audio'}"),
         ("What is <image>?", 1, "holds <image> 2 times for 1 pictures"),
+        ("f\udcfcr", 1, "the question: character 2 is none (U+DCFC)"),  # Latin-1 on a command line in UTF-8
+        (
+            [{"role": "user", "content": "a"}, {"role": "user", "content": [text("\ud83d")]}],
+            0,
+            "message 2: character 1",
+        ),
     ],
 )
 def test_what_cannot_be_asked_is_refused_before_any_work(

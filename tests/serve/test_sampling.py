@@ -32,9 +32,11 @@ def test_nucleus_keeps_the_likeliest_tokens_that_reach_top_p() -> None:
     np.testing.assert_allclose(shares(Sampling(1.0, top_p=0.7, seed=1)), [0.625, 0, 0.375, 0, 0], atol=0.015)
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_tiny_nucleus_and_a_tiny_temperature_are_greedy() -> None:
     assert shares(Sampling(5.0, top_p=1e-9, seed=1), 50)[0] == 1
     assert shares(Sampling(1e-6, seed=1), 50)[0] == 1
+    assert shares(Sampling(1e-320, seed=1), 50)[0] == 1
 
 
 def test_the_smallest_temperature_overflows_nothing(recwarn: pytest.WarningsRecorder) -> None:
