@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import importlib.util
 import os
@@ -10,12 +11,14 @@ import select
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn, Protocol, cast
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, TextIO, cast
 
 EXIT_OK = 0
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141  # what a shell reports for a program ended by SIGPIPE
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # whoever meets them while writing, it is for people to mend
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,10 @@ class CommandParser(argparse.ArgumentParser):
             args.overrides = [*args.overrides, *rest]
         return args
 
+    def print_help(self, file: Any = None) -> None:
+        """Print the help; argparse's own takes no notice where it cannot be written."""
+        print(self.format_help(), end="", file=file)
+
     def error(self, message: str) -> NoReturn:
         """Print the mistake and where to read on, and exit with code 2."""
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (see '{self.prog} --help')\n")
@@ -150,10 +157,16 @@ class CommandParser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMANDS) -> int:
     """Run one command line and return its exit code: 0 done, 2 a mistake named in one line, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if sys.stderr is None:  # closed: print() would take stdout in its place
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for as long as we live
+    if sys.stdout is None:
+        return fail("standard output is closed; send it to /dev/null where nothing is to be shown")
     tolerate_narrow_encodings()
     try:
-        code = dispatch(words, commands)
-        sys.stdout.flush()
+        try:
+            code = dispatch(words, commands)
+        finally:  # a help page ends the process from within
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nswitchkd: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -161,6 +174,11 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         if not stdout_is_closed():
             raise
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        silence(sys.stdout)
+        return fail(f"nothing more can be written ({error.strerror}): make room on the disk or where the output goes")
     return code
 
 
@@ -212,7 +230,10 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
 
 def fail(message: str) -> int:
     """Print an error in one line on stderr and return the exit code for it."""
-    print(f"switchkd: error: {' '.join(message.split())}", file=sys.stderr)
+    try:
+        print(f"switchkd: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)  # full as well: the code has to do
     return EXIT_USAGE
 
 
@@ -266,11 +287,11 @@ def sentence(text: str) -> str:
 
 
 def tolerate_narrow_encodings() -> None:
-    """Let a terminal that cannot show a character show a question mark, instead of ending the command."""
+    """Let a terminal that cannot show a character show its number, instead of ending the command."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
-            reconfigure(errors="replace")
+            reconfigure(errors="backslashreplace")
 
 
 def stdout_is_closed() -> bool:
@@ -280,8 +301,13 @@ def stdout_is_closed() -> bool:
         poll.register(sys.stdout, 0)  # errors are reported without being asked for
         if not poll.poll(0):
             return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    silence(sys.stdout)
     return True
+
+
+def silence(stream: TextIO) -> None:
+    """Let everything that this process still writes there go nowhere: Python flushes it at exit, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

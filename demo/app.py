@@ -77,15 +77,18 @@ CSS = """
 """
 
 
-def build_app(engine: Engine, examples: Sequence[Example] = ()) -> gr.Blocks:
-    """Lay out the page for one engine; launch it with THEME, CSS and the examples' folders as `allowed_paths`."""
+def build_app(engine: Engine, uploads: Path, examples: Sequence[Example] = ()) -> gr.Blocks:
+    """Lay out the page for one engine; launch it with THEME, CSS and the examples' folders as `allowed_paths`.
 
-    def ask(picture: str | None, question: str) -> Iterator[tuple[str, str]]:
+    Pictures are taken from the folder `uploads` alone, where Gradio puts what it is sent.
+    """
+
+    def ask(picture: str | None, question: str | None) -> Iterator[tuple[str, str]]:
         """Answer a question about a picture; yields the answer so far and its speed as HTML."""
         if picture is None:
             raise _error("Drop in a picture first.")
         try:
-            stream = engine.stream(question, [picture])
+            stream = engine.stream(question or "", [picture])
         except (PictureError, ConversationError, PromptError) as error:
             # The upload's folder means nothing to the person who dropped the file.
             raise _error(str(error).replace(picture, Path(picture).name)) from error
@@ -121,7 +124,40 @@ def build_app(engine: Engine, examples: Sequence[Example] = ()) -> gr.Blocks:
             show_progress="minimal",
             show_progress_on=answer,
         )
+    _take_only_uploads(app, picture, uploads)
     return app
+
+
+def _take_only_uploads(app: gr.Blocks, picture: gr.Image, uploads: Path) -> None:
+    """Refuse any other picture in one and the same way, before Gradio looks at it.
+
+    Gradio checks only payloads that say of themselves that they are files, fetches addresses, and its errors tell which
+    files there are.
+    """
+    preprocess = app.preprocess_data
+
+    async def check_first(block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        checked = [
+            _upload(value, uploads) if block is picture else value
+            for block, value in zip(block_fn.inputs, inputs, strict=False)
+        ]
+        return await preprocess(block_fn, checked, *args, **kwargs)
+
+    app.preprocess_data = check_first  # type: ignore[method-assign]
+
+
+def _upload(payload: Any, uploads: Path) -> dict[str, Any] | None:
+    """What Gradio is to take for an uploaded picture, None without one; raises its error for everything else."""
+    if payload is None:
+        return None
+    name = payload.get("path") if isinstance(payload, dict) else None
+    try:
+        path = Path(name).resolve(strict=True) if isinstance(name, str) else None
+    except (OSError, ValueError):  # ValueError: a name with a NUL
+        path = None
+    if path is None or not path.is_relative_to(uploads) or not path.is_file():
+        raise _error("Only an uploaded picture is taken.")
+    return {"path": str(path), "meta": {"_type": "gradio.FileData"}}
 
 
 def _picture_input() -> gr.Image:

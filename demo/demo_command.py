@@ -3,9 +3,14 @@
 import argparse
 import errno
 import os
+import signal
 import socket
 import sys
+import tempfile
 import threading
+import webbrowser
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from switchkd.serve import BundleError, ConversationError, Engine
@@ -13,6 +18,7 @@ from switchkd.serve import BundleError, ConversationError, Engine
 from .examples import EXAMPLES, DemoError, read_examples
 
 ERRORS = (BundleError, ConversationError, DemoError)
+UPLOADS = "GRADIO_TEMP_DIR"  # Gradio's name for where uploads go
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,38 +43,88 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve the page until Ctrl-C; the errors in ERRORS are for people."""
+    """Serve the page until Ctrl-C or SIGTERM; the errors in ERRORS are for people."""
     port = find_port(args.host, args.port)
-    folder = args.examples or args.bundle / "examples"
-    examples = read_examples(folder) if args.examples or folder.is_dir() else []
-    engine = Engine.open(args.bundle, args.precision, args.threads)
-    from .app import CSS, THEME, build_app  # Gradio takes seconds to import: mistakes are told before that
+    with upload_folder() as uploads:
+        engine = Engine.open(args.bundle, args.precision, args.threads)
+        folder = args.examples or args.bundle / "examples"
+        # What the manifest lists was checked with the bundle, links into a hub's cache included.
+        listed = {Path(os.path.normpath(args.bundle / name)) for name in engine.bundle.manifest.files}
+        examples = read_examples(folder, listed) if args.examples or folder.is_dir() else []
+        with without_proxies():
+            from .app import CSS, THEME, build_app  # Gradio takes seconds to import: mistakes are told before that
 
-    app = build_app(engine, examples)
-    _, url, _ = app.launch(
-        server_name=args.host,
-        server_port=port,
-        inbrowser=args.open,
-        prevent_thread_lock=True,
-        quiet=True,
-        theme=THEME,
-        css=CSS,
-        allowed_paths=[str(folder.resolve())] if examples else [],
-        footer_links=[],
-        run_history=False,
-        share=False,
-        ssr_mode=False,
-        mcp_server=False,
-    )
-    try:
-        # Within the try: whoever reads this line may press Ctrl-C at once.
-        print(f"switchkd demo is open at {url} (Ctrl-C stops it)", flush=True)
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        print("\nstopped")
-    finally:
-        app.close(verbose=False)
+            app = build_app(engine, uploads, examples)
+            _, url, _ = app.launch(
+                server_name=args.host,
+                server_port=port,
+                inbrowser=False,
+                prevent_thread_lock=True,
+                quiet=True,
+                theme=THEME,
+                css=CSS,
+                allowed_paths=[str(folder.resolve())] if examples else [],
+                footer_links=[],
+                run_history=False,
+                share=False,
+                ssr_mode=False,
+                mcp_server=False,
+            )
+        try:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            # Within the try: whoever reads this line may press Ctrl-C at once.
+            print(f"switchkd demo is open at {url} (Ctrl-C stops it)", flush=True)
+            if args.open:
+                webbrowser.open(url)
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("\nstopped")
+        finally:
+            app.close(verbose=False)
     return 0
+
+
+@contextmanager
+def upload_folder() -> Iterator[Path]:
+    """A folder of this demo alone for what people upload, gone with it; raises DemoError where none can be made.
+
+    Gradio's own would be shared with every other demo of this machine, and with its users.
+    """
+    place = os.environ.get(UPLOADS)
+    try:
+        if place:
+            Path(place).mkdir(parents=True, exist_ok=True)
+        holder = tempfile.TemporaryDirectory(prefix="switchkd-demo-", dir=place, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise DemoError(
+            f"{place or 'the folder for temporary files'}: cannot take uploads ({error.strerror}); set {UPLOADS} to a "
+            "folder that can be written to"
+        ) from None
+    with holder as folder, environment({UPLOADS: folder}):
+        yield Path(folder).resolve()
+
+
+def without_proxies() -> AbstractContextManager[None]:
+    """Let Gradio reach its own page, which it asks for as it starts: proxies are for what lies outside.
+
+    The star also keeps httpx from opening those that it has no code for, such as SOCKS.
+    """
+    return environment({"no_proxy": "*", "NO_PROXY": "*"})
+
+
+@contextmanager
+def environment(changes: dict[str, str]) -> Iterator[None]:
+    """Set variables of the environment for a while."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def find_port(host: str, port: int) -> int:

@@ -33,6 +33,7 @@ from .licence import licence_files, stated_licence
 from .mixing import Mixing, MixOptions
 from .onnx_graph import OnnxGraph, Storage
 from .ort_files import check_ort_files, write_ort_files
+from .out_folder import making
 from .parity import PAIRS, Expected, Pairs, SamplePrompt, check_pairs, compare, record, sample_prompts
 from .precisions import MIXED, Precision, choose_precisions, dtype_of, precision_of
 from .progress import Progress as Progress
@@ -115,8 +116,8 @@ def export_checkpoint(
     `Manifest.prefill_of` says. `mix` tells what `mixed` is made of, or `auto` found by. `storage` says which graphs get
     their weights in files of their own; by default those that must. Greedy answers are compared on so many `pairs`;
     with `ort` every graph is written as an .ort file too. The folder `examples` (an examples.json and pictures, for the
-    demo) goes in as it is. The checkpoint is only read. Everything is written beside `out` and renamed at the end, so
-    that a failure leaves nothing under the final name. Raises ExportError, VerificationError, or PromptError.
+    demo) goes in as it is. The checkpoint is only read. Everything is written apart and renamed at the end, so that a
+    failure leaves nothing under the final name. Raises ExportError, VerificationError, or PromptError.
     """
     chosen = choose_precisions(list(precisions))
     mix = mix or MixOptions()
@@ -127,18 +128,15 @@ def export_checkpoint(
     )
     _check_prefill(plan)
     check_pairs(pairs)
-    check_place(checkpoint, out)
     if examples is not None and not examples.is_dir():
         raise ExportError(f"{examples}: no such folder; give one with pictures and an examples.json")
     steps = Steps(total=plan.steps, progress=progress)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.partial-") as holder:
-        bundle = Path(holder) / out.name
-        (bundle / "onnx").mkdir(parents=True)
+    with making(out, ExportError, last=MANIFEST, apart_from=checkpoint) as bundle:
+        (bundle / "onnx").mkdir()
         with steps.step("load checkpoint"):
             source = open_checkpoint(checkpoint)
         manifest = _write_bundle(source, bundle, plan, steps)
         sizes = {variant: manifest.graph_bytes(*found) for variant, found in manifest.variants().items()}
-        bundle.rename(out)
     return ExportReport(out, sizes, dict(manifest.verification), steps.seconds, source.notes)
 
 
@@ -155,15 +153,6 @@ def _check_prefill(plan: _Plan) -> None:
             f"prefill {plan.prefill!r} is of no use to {', '.join(names)}: it takes another precision with a {dtype} "
             f"KV cache, and {EXACT} reads its own prompts; add one like {'q4' if dtype == 'float32' else 'q4f16'}"
         )
-
-
-def check_place(checkpoint: Path, out: Path) -> None:
-    """Raise ExportError where `out` cannot be made; make the folder around it."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ExportError(f"{out}: exists already; remove it or choose another place")
-    if out.resolve().is_relative_to(checkpoint.resolve()):
-        raise ExportError(f"{out}: lies inside the checkpoint, which is never written to; choose another place")
-    out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def sample_source(source: Checkpoint) -> list[SamplePrompt]:

@@ -1,7 +1,6 @@
 """A checkpoint in bitsandbytes' 4 or 8 bit for machines with a GPU: a Hugging Face folder, reloaded and compared."""
 
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -10,9 +9,10 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
-from .assembly import Progress, check_place, sample_source
+from .assembly import Progress, sample_source
 from .checkpoint import Checkpoint, open_checkpoint
 from .graphs import ExportError, quiet
+from .out_folder import making
 from .parity import MAX_NEW_TOKENS, Difference, Expected, SamplePrompt, record
 from .projectors import llava_class
 from .prompt import write_tokenizer
@@ -68,13 +68,10 @@ class BnbReport:
 def export_bnb(checkpoint: Path, out: Path, bits: int, progress: Progress | None = None) -> BnbReport:
     """Write a checkpoint with its language model's layers in 4 bit (NF4) or 8 bit (LLM.int8), `bits`.
 
-    Written beside `out`, loaded again, compared, and only then renamed. Raises ExportError or ValuesError.
+    Written apart, loaded again, compared, and only then renamed. Raises ExportError or ValuesError.
     """
-    check_place(checkpoint, out)
     tell = progress or (lambda *_: None)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.partial-") as holder:
-        folder = Path(holder) / out.name
-        folder.mkdir()
+    with making(out, ExportError, last="config.json", apart_from=checkpoint) as folder:
         tell("ask the original", 0, 3)
         source = open_checkpoint(checkpoint)
         _check_widths(source, bits)
@@ -87,7 +84,6 @@ def export_bnb(checkpoint: Path, out: Path, bits: int, progress: Progress | None
         reloaded = _load(source, folder, dtype=torch.float32)
         report = _compare(reloaded, source, folder, out, prompts, expected, LOGITS_RMS[bits])
         _write_card(folder, report, FORMATS[bits], type(reloaded))
-        folder.rename(out)
     return report
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 
@@ -41,17 +42,30 @@ def run(args: argparse.Namespace) -> int:
     """Answer one question; the errors in ERRORS are for people."""
     sampling = Sampling(args.temperature, args.top_p, args.seed, args.top_k)
     engine = Engine.open(args.bundle, args.precision, args.threads)
-    stream = engine.stream(args.question, [args.picture], max_new_tokens=args.max_new_tokens, sampling=sampling)
+    stream = engine.stream(
+        as_text(args.question), [args.picture], max_new_tokens=args.max_new_tokens, sampling=sampling
+    )
     for piece in stream:
         if not args.json:
             print(piece, end="", flush=True)
     if args.json:
-        print(json.dumps({**asdict(stream.answer), "precision": engine.bundle.precision}, ensure_ascii=False))
+        said = {**asdict(stream.answer), "precision": engine.bundle.precision}
+        narrow = not (sys.stdout.encoding or "utf").lower().startswith("utf")
+        print(json.dumps(said, ensure_ascii=narrow))
     else:
         print()
     if args.timing or (sys.stderr.isatty() and not args.json):
         print(timing_line(stream.answer), file=sys.stderr)
     return 0
+
+
+def as_text(word: str) -> str:
+    """A word of the command line, also where the system's locale says ASCII and the terminal wrote UTF-8."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(word).decode("utf-8", "surrogateescape")
+    return word
 
 
 def timing_line(answer: Answer) -> str:

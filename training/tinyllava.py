@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from switchkd.export.out_folder import making
 from switchkd.export.pixels import Preprocessing
 from switchkd.export.projectors import tokens_per_picture
 
@@ -116,9 +116,11 @@ def import_tinyllava(
     PROMPTS (None: by the tokenizer's end-of-sequence token). Raises ModelError naming what was found, what is
     supported, and the way out.
     """
-    sources = sources or Sources()
-    if folder.exists() and any(folder.iterdir()):
-        raise ModelError(f"{folder}: is there already and not empty; give another folder, or remove it")
+    with making(folder, ModelError, last="config.json") as made:
+        return replace(_import(checkpoint, made, sources or Sources(), prompt), folder=folder)
+
+
+def _import(checkpoint: Path, folder: Path, sources: Sources, prompt: str | None) -> Imported:
     published = _config(checkpoint)
     vision = _vision_config(checkpoint, published, sources)
     text = _text_config(checkpoint, published, sources)
@@ -132,12 +134,7 @@ def import_tinyllava(
     _make_room(tensors, len(tokenizer))
     text.vocab_size = tensors[EMBEDDING].shape[0]
     vlm = Vlm(_model(config, tensors, tokenizer, checkpoint), processor)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    vlm.save(partial)
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    vlm.save(folder)
     dtype = str(vlm.model.dtype).removeprefix("torch.")
     return Imported(folder, len(tensors), dtype, tuple(left_out), prompt, config.image_seq_length)
 

@@ -145,7 +145,7 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     assert process.wait(timeout=60) == 128 + signal.SIGPIPE
 
 
-def test_a_narrow_terminal_gets_a_question_mark(tmp_path: Path) -> None:
+def test_a_narrow_terminal_gets_a_number_and_loses_nothing(tmp_path: Path) -> None:
     table = command_file(tmp_path, "print('\\u03bb = 1')\nreturn 0")
     code = f"import sys\nfrom switchkd.cli.main import Command, main\nsys.exit(main(commands={table}))"
     done = subprocess.run(
@@ -155,7 +155,50 @@ def test_a_narrow_terminal_gets_a_question_mark(tmp_path: Path) -> None:
         capture_output=True,
         check=True,
     )
-    assert done.stdout == b"? = 1\n"
+    assert done.stdout == b"\\u03bb = 1\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("buffering", ["", "1"])
+@pytest.mark.parametrize("words", [["greet", "Ada"], ["greet", "--help"], ["--help"]], ids=" ".join)
+def test_a_full_disk_is_one_line(tmp_path: Path, words: list[str], buffering: str) -> None:
+    table = command_file(tmp_path, "print('hello')\nreturn 0")
+    code = f"import sys\nfrom switchkd.cli.main import Command, main\nsys.exit(main(commands={table}))"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONUNBUFFERED": buffering},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith(
+            "switchkd: error: nothing more can be written (No space left on device): make room"
+        )
+        assert done.stderr.count("\n") == 1
+        # Where not even this can be said the code still tells.
+        assert (
+            subprocess.run([sys.executable, "-m", "switchkd.cli.main", "no"], stderr=full, check=False).returncode == 2
+        )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+def test_a_closed_stdout_is_told_and_a_closed_stderr_does_not_mix_up_the_two(tmp_path: Path) -> None:
+    def run(close: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "switchkd.cli.main", "no-such-command"]
+        command = ["sh", "-c", f'exec "$@" {close}', "sh", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    done = run(">&-")
+    assert done.returncode == 2
+    assert (
+        done.stderr == "switchkd: error: standard output is closed; send it to /dev/null where nothing is to be shown\n"
+    )
+    done = run("2>&-")
+    assert (done.returncode, done.stdout) == (2, "")
 
 
 def test_the_table_is_in_order() -> None:

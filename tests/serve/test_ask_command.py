@@ -112,6 +112,26 @@ def test_json_says_everything(tiny_bundle: Path, png: Path, capsys: pytest.Captu
     assert min(said["seconds"].values()) > 0
 
 
+def test_json_is_json_on_a_narrow_terminal(tiny_bundle: Path, png: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = Engine.open(tiny_bundle, "fp32").answer(QUESTION, [png], max_new_tokens=20).text
+    assert not answer.isascii()
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, encoding="ascii"))
+    assert main(["ask", str(tiny_bundle), str(png), QUESTION, "--json", "--max-new-tokens", "20"]) == 0
+    assert json.loads(file.getvalue())["text"] == answer
+
+
+def test_a_question_in_utf8_is_understood_where_the_locale_is_ascii(
+    tiny_bundle: Path, png: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python hands over the bytes that it cannot read as characters one by one."""
+    answers = []
+    for question in ("Farbe für Bär", "Farbe für Bär".encode().decode("ascii", "surrogateescape")):
+        assert main(["ask", str(tiny_bundle), str(png), question, "--max-new-tokens", "8"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+
+
 def test_timing_is_told_when_asked_for_and_never_into_a_pipe(
     tiny_bundle: Path, png: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,6 +270,7 @@ def test_a_missing_bundle_is_refused(png: Path, tmp_path: Path, capsys: pytest.C
         ([QUESTION, "--temperature", "-1"], "temperature is -1.0"),
         ([QUESTION, "--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["a " * 600], "ask with less text"),
+        ([os.fsdecode("Bär".encode("latin-1"))], "character 2 is none (U+DCE4): the text came in another encoding"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(
