@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 from gradio_client import Client, handle_file  # type: ignore[import-untyped]
 from gradio_client.exceptions import AppError  # type: ignore[import-untyped]
 from PIL import Image
 
 from switchkd.cli.main import main
+from switchkd.demo.examples import DemoError, read_examples
 from switchkd.serve import Engine
 
 QUESTION = "What colour is the square on the left?"
@@ -54,7 +56,7 @@ class Demo:
     errors: Path
 
 
-def start(tiny_bundle: Path, examples: Path, errors: Path) -> Demo:
+def start(tiny_bundle: Path, examples: Path, errors: Path, **environment: str) -> Demo:
     words = ["demo", str(tiny_bundle), "--port", "0", "--no-open", "--threads", "1", "--precision", "fp32"]
     with errors.open("w") as file:
         process = subprocess.Popen(
@@ -63,7 +65,7 @@ def start(tiny_bundle: Path, examples: Path, errors: Path) -> Demo:
             stderr=file,
             text=True,
             cwd=errors.parent,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -74,10 +76,12 @@ def start(tiny_bundle: Path, examples: Path, errors: Path) -> Demo:
 
 @pytest.fixture(scope="module")
 def demo(tiny_bundle: Path, examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
-    running = start(tiny_bundle, examples, tmp_path_factory.mktemp("demo") / "stderr.txt")
+    # Behind proxies, one of them of a kind that httpx has no code for: what is on this machine is reached without.
+    proxies = {"http_proxy": "http://192.0.2.1:9", "ALL_PROXY": "socks5://192.0.2.1:9", "no_proxy": "", "NO_PROXY": ""}
+    running = start(tiny_bundle, examples, tmp_path_factory.mktemp("demo") / "stderr.txt", **proxies)
     yield running
-    running.process.kill()
-    running.process.wait()
+    running.process.terminate()
+    assert running.process.wait(timeout=60) == 0  # as a service manager stops it
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +131,61 @@ def test_files_outside_the_upload_folder_stay_private(client: Client, tiny_bundl
         urllib.request.urlopen(f"{client.src}gradio_api/file={secret}")
 
 
+def upload(demo: Demo, path: Path) -> str:
+    """Send a picture as the page does; returns where the demo keeps it."""
+    answer = httpx.post(f"{demo.url}gradio_api/upload", files={"files": path.read_bytes()}, trust_env=False)
+    return str(answer.json()[0])
+
+
+def asked(demo: Demo, picture: object, question: object = QUESTION) -> str:
+    """What the API says to a payload of whatever form, as it comes over the wire."""
+    body = json.dumps({"data": [picture, question]})
+    with httpx.Client(
+        base_url=demo.url, timeout=60, trust_env=False, headers={"Content-Type": "application/json"}
+    ) as to:
+        event = to.post("gradio_api/call/ask", content=body).json()["event_id"]
+        return to.get(f"gradio_api/call/ask/{event}").text
+
+
+def test_only_uploads_are_read_and_all_else_gets_one_answer(demo: Demo, png: Path, tmp_path: Path) -> None:
+    sent = upload(demo, png)
+    meta = {"_type": "gradio.FileData"}
+    (refusal,) = re.findall(r'"error": "([^"]*)"', asked(demo, {"path": str(png)}))
+    assert refusal == "Only an uploaded picture is taken."
+    url = "http://127.0.0.1:9/a.png"
+    for payload in (
+        {"path": str(png), "meta": meta},  # somebody else's picture
+        {"path": str(tmp_path / "none.png")},
+        {"path": str(tmp_path / "none.png"), "meta": meta},
+        {"path": "/etc/hostname"},
+        {"path": f"{sent}.png", "meta": meta},
+        {"path": str(Path(sent).parent)},
+        {"path": os.path.relpath(png, Path(sent).parent)},
+        {"path": f"{Path(sent).parent}/{os.path.relpath(png, Path(sent).parent)}", "meta": meta},
+        {"path": url, "url": url, "meta": meta},
+        {"url": url},
+        {"url": "data:image/png;base64,AAAA"},
+        {"path": "a\0b"},
+        {"path": "a" * 5000},
+        {"path": None},
+        {"path": [sent]},
+        sent,
+        [sent],
+        7,
+    ):
+        assert f'"error": "{refusal}"' in asked(demo, payload), payload
+    for payload in ({"path": sent}, {"path": sent, "meta": meta, "url": url}):
+        assert "event: complete" in asked(demo, payload)
+    assert "Traceback" not in demo.errors.read_text()
+
+
+def test_a_question_that_is_no_text_is_told(demo: Demo, png: Path) -> None:
+    picture = {"path": upload(demo, png)}
+    assert "the question is empty" in asked(demo, picture, None)
+    assert "character 1 is none (U+D83D)" in asked(demo, picture, "\ud83d")
+    assert "Traceback" not in demo.errors.read_text()
+
+
 def get(url: str) -> bytes:
     with urllib.request.urlopen(url, timeout=30) as answer:
         return bytes(answer.read())
@@ -150,11 +209,16 @@ def test_the_page_asks_nothing_beyond_localhost(demo: Demo, client: Client) -> N
     assert "BEYOND LOCALHOST" not in demo.errors.read_text()
 
 
-def test_ctrl_c_ends_it_and_frees_the_port(tiny_bundle: Path, examples: Path, tmp_path: Path) -> None:
-    running = start(tiny_bundle, examples, tmp_path / "stderr.txt")
+def test_ctrl_c_ends_it_frees_the_port_and_removes_the_uploads(
+    tiny_bundle: Path, examples: Path, tmp_path: Path, png: Path
+) -> None:
+    place = tmp_path / "a place" / "for uploads"
+    running = start(tiny_bundle, examples, tmp_path / "stderr.txt", GRADIO_TEMP_DIR=str(place))
+    assert Path(upload(running, png)).is_relative_to(place)
     running.process.send_signal(signal.SIGINT)
     assert running.process.wait(timeout=30) == 0
     assert running.errors.read_text() == ""
+    assert list(place.iterdir()) == []
     socket.create_server(("127.0.0.1", int(running.url.rsplit(":", 1)[1].strip("/")))).close()
 
 
@@ -187,6 +251,26 @@ def test_an_address_or_precision_that_is_not_there_is_told(
     tiny_bundle: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     assert message in fails(capsys, tiny_bundle, *words)
+
+
+def test_a_folder_that_takes_no_uploads_is_told(
+    tiny_bundle: Path, png: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(png / "uploads"))
+    assert "uploads: cannot take uploads (Not a directory); set GRADIO_TEMP_DIR to" in fails(
+        capsys, tiny_bundle, "--port", "0"
+    )
+    assert os.environ["GRADIO_TEMP_DIR"] == str(png / "uploads")
+
+
+def test_examples_of_a_bundle_in_the_hubs_cache(tmp_path: Path, examples: Path) -> None:
+    """They are links to elsewhere, which the bundle's manifest answers for, and nobody else."""
+    (tmp_path / "examples.json").write_text((examples / "examples.json").read_text())
+    (tmp_path / "teal.png").symlink_to(examples / "teal.png")
+    with pytest.raises(DemoError, match="is outside"):
+        read_examples(tmp_path)
+    (example,) = read_examples(tmp_path, {tmp_path / "teal.png"})
+    assert example.picture == examples / "teal.png"
 
 
 def test_a_missing_bundle_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
