@@ -25,7 +25,7 @@ ERRORS: tuple[type[Exception], ...] = (ExportError, VerificationError, BundleErr
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command's arguments."""
     parser.add_argument("checkpoint", type=Path, help="folder of a LlavaForConditionalGeneration model; only read")
-    parser.add_argument("out", type=Path, help="folder to make; must not exist yet")
+    parser.add_argument("out", type=Path, help="folder to make; may be there if it is empty")
     parser.add_argument(
         "--dtype",
         default=",".join(DEFAULT_PRECISIONS),

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 # What a person's picture comes in. Pillow reads more, but some of it (EPS) starts other programs.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
@@ -201,8 +201,9 @@ def _check_opened(picture: Image.Image) -> None:
 
 def _is_closed(picture: Image.Image) -> bool:
     """Whether the file is closed that a Pillow image came from; it may have been read by then."""
-    file = getattr(picture, "fp", None)
-    return file is None or bool(getattr(file, "closed", False))
+    if not isinstance(picture, ImageFile.ImageFile):
+        return False
+    return picture.fp is None or bool(getattr(picture.fp, "closed", False))
 
 
 def _name(source: Picture) -> str:
