@@ -78,7 +78,7 @@ CSS = """
 
 
 def build_app(engine: Engine, uploads: Path, examples: Sequence[Example] = ()) -> gr.Blocks:
-    """Lay out the page for one engine; launch it with THEME, CSS and the examples' folders as `allowed_paths`.
+    """Lay out the page for one engine, to be opened by `launch`.
 
     Pictures are taken from the folder `uploads` alone, where Gradio puts what it is sent.
     """
@@ -126,6 +126,26 @@ def build_app(engine: Engine, uploads: Path, examples: Sequence[Example] = ()) -
         )
     _take_only_uploads(app, picture, uploads)
     return app
+
+
+def launch(app: gr.Blocks, host: str, port: int, examples: Sequence[Path]) -> str:
+    """Open the page to visitors, in threads of its own; returns its address. `examples` are folders of pictures."""
+    _, url, _ = app.launch(
+        server_name=host,
+        server_port=port,
+        inbrowser=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        theme=THEME,
+        css=CSS,
+        allowed_paths=[str(folder.resolve()) for folder in examples],
+        footer_links=[],
+        run_history=False,
+        share=False,
+        ssr_mode=False,
+        mcp_server=False,
+    )
+    return str(url)
 
 
 def _take_only_uploads(app: gr.Blocks, picture: gr.Image, uploads: Path) -> None:

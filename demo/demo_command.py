@@ -52,24 +52,10 @@ def run(args: argparse.Namespace) -> int:
         listed = {Path(os.path.normpath(args.bundle / name)) for name in engine.bundle.manifest.files}
         examples = read_examples(folder, listed) if args.examples or folder.is_dir() else []
         with without_proxies():
-            from .app import CSS, THEME, build_app  # Gradio takes seconds to import: mistakes are told before that
+            from .app import build_app, launch  # Gradio takes seconds to import: mistakes are told before that
 
             app = build_app(engine, uploads, examples)
-            _, url, _ = app.launch(
-                server_name=args.host,
-                server_port=port,
-                inbrowser=False,
-                prevent_thread_lock=True,
-                quiet=True,
-                theme=THEME,
-                css=CSS,
-                allowed_paths=[str(folder.resolve())] if examples else [],
-                footer_links=[],
-                run_history=False,
-                share=False,
-                ssr_mode=False,
-                mcp_server=False,
-            )
+            url = launch(app, args.host, port, [folder] if examples else [])
         try:
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             # Within the try: whoever reads this line may press Ctrl-C at once.
@@ -100,8 +86,10 @@ def upload_folder() -> Iterator[Path]:
             f"{place or 'the folder for temporary files'}: cannot take uploads ({error.strerror}); set {UPLOADS} to a "
             "folder that can be written to"
         ) from None
-    with holder as folder, environment({UPLOADS: folder}):
-        yield Path(folder).resolve()
+    with holder as folder:
+        uploads = Path(folder).resolve()
+        with environment({UPLOADS: str(uploads)}):
+            yield uploads
 
 
 def without_proxies() -> AbstractContextManager[None]:

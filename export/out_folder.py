@@ -41,7 +41,8 @@ def making(out: Path, refuse: type[ValueError], *, last: str, apart_from: Path |
             there = place.is_dir()
             around = place if there else place.parent
             around.mkdir(parents=True, exist_ok=True)
-            _clear_left_behind(around, place.name, out, refuse)
+            for folder in {around, place.parent}:  # the folder may have been made or removed in the meantime
+                _clear_left_behind(folder, place.name, out, refuse)
             if any(place.iterdir()) if there else os.path.lexists(place):
                 raise refuse(f"{out}: exists already; remove it or choose another place")
             holder = Path(tempfile.mkdtemp(dir=around, prefix=f".{place.name}.partial-"))

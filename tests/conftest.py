@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,21 +71,31 @@ def tiny_bundle(tiny_checkpoint: Path) -> Iterator[Path]:
         yield path
 
 
+def write_hub_cache(bundle: Path, cache: Path) -> Path:
+    """Keep a bundle as the hub's cache does: every file once in `blobs`, under its hash; returns the links' folder."""
+    repository = cache / "models--somebody--tiny"
+    snapshot = repository / "snapshots" / "0123456789abcdef"
+    (repository / "blobs").mkdir(parents=True)
+    for file in bundle.rglob("*"):
+        if file.is_file():
+            blob = repository / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+            shutil.copyfile(file, blob)
+            link = snapshot / file.relative_to(bundle)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+@pytest.fixture(scope="session")
+def to_hub_cache() -> Callable[[Path, Path], Path]:
+    return write_hub_cache
+
+
 @pytest.fixture(scope="session")
 def hub_snapshot(tiny_bundle: Path) -> Iterator[Path]:
-    """The bundle as the hub's cache keeps it: every file once in `blobs`, under its hash, and links to it."""
+    """The tiny bundle in the hub's cache. Tests must not write into it."""
     with tempfile.TemporaryDirectory(prefix="hub-") as cache:
-        repository = Path(cache) / "models--somebody--tiny"
-        snapshot = repository / "snapshots" / "0123456789abcdef"
-        (repository / "blobs").mkdir(parents=True)
-        for file in tiny_bundle.rglob("*"):
-            if file.is_file():
-                blob = repository / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
-                shutil.copyfile(file, blob)
-                link = snapshot / file.relative_to(tiny_bundle)
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(os.path.relpath(blob, link.parent))
-        yield snapshot
+        yield write_hub_cache(tiny_bundle, Path(cache))
 
 
 @pytest.fixture(scope="session")

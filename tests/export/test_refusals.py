@@ -5,8 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -84,6 +86,15 @@ def test_weights_that_link_outside(
     (bundle / DATA).rename(bundle.parent / "secret")
     (bundle / DATA).symlink_to(bundle.parent / "secret")
     refused(bundle, "embed_tokens.onnx_data: links to outside the bundle", capsys, monkeypatch)
+
+
+def test_weights_that_the_hubs_cache_keeps_elsewhere(
+    bundle: Path, tmp_path: Path, to_hub_cache: Callable[[Path, Path], Path]
+) -> None:
+    snapshot = to_hub_cache(bundle, tmp_path / "cache")
+    assert (snapshot / DATA).is_symlink()
+    there, here = (Engine.open(place).decoder.embed([5]) for place in (snapshot, bundle))
+    np.testing.assert_array_equal(there, here)
 
 
 def test_weights_missing_or_cut(
