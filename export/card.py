@@ -151,7 +151,8 @@ def write_card(bundle: Bundle, manifest: Manifest) -> None:
     records = manifest.verification
     greedy = next(iter(records.values()))["greedy"]
     _, height, width = model.picture_shape
-    encoder = PromptEncoder.of(bundle, read_tokenizer(bundle.tokenizer_path))
+    tokenizer = read_tokenizer(bundle.tokenizer_path)
+    encoder = PromptEncoder.of(bundle, tokenizer)
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "QUESTION"}]}
     prompt = encoder.render([question])
     adds = encoder.adds_special_tokens(prompt)
@@ -176,7 +177,7 @@ def write_card(bundle: Bundle, manifest: Manifest) -> None:
         licence_keys="".join(f"{key}: {json.dumps(text)}\n" for key, text in source["licence"]["stated"].items()),
         licence=_licence(source["licence"]),
         mobile=mobile_text(bundle, manifest, adds_special_tokens=adds),
-        answers=_answers(bundle, encoder.tokenizer),
+        answers=_answers(bundle, tokenizer),
         js_adds=json.dumps(adds),
         why=_why(bundle, adds),
     )
