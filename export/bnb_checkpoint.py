@@ -1,5 +1,6 @@
 """A checkpoint in bitsandbytes' 4 or 8 bit for machines with a GPU: a Hugging Face folder, reloaded and compared."""
 
+import copy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,9 @@ def _write(source: Checkpoint, folder: Path, bits: int) -> None:
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=KEPT,
     )
-    model = _load(source, source.path, dtype=dtype, quantization_config=config)
+    # As it was read and checked: what the weights do not have, its config does not ask for.
+    plain = copy.deepcopy(source.config)
+    model = _load(source, source.path, config=plain, dtype=dtype, quantization_config=config)
     assert model.generation_config is not None  # transformers makes one of config.json where there is no file
     model.generation_config.eos_token_id = list(source.ends.ids)
     with quiet():

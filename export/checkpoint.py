@@ -17,9 +17,10 @@ from .bundle import CacheShape, ModelFacts
 from .fused_decoder import ROTARY_TYPES
 from .generation_settings import GenerationError, GenerationSettings, not_obeyed
 from .graphs import ExportError, quiet
-from .pixels import PictureError, Preprocessing
+from .pixels import PictureError, Preprocessing, complete
 from .projectors import ProjectorError, check_projector, llava_class, projector_type
-from .prompt import TokenizerError, read_tokenizer, special_tokens
+from .prompt import PromptError, TokenizerError, default_template, read_tokenizer, special_tokens
+from .weights import IMPORT_LLAVA, is_llavas_own, misfit, without_pooling_head
 
 VISION_TYPES = ("siglip_vision_model", "clip_vision_model")
 LANGUAGE_TYPES = ("qwen2", "llama")
@@ -115,14 +116,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     _check_weights(path)
     processor_config = _read_json(path / "processor_config.json", optional=True)
     # transformers 4 wrote the picture settings into a file of their own.
-    image_processor = processor_config.get("image_processor") or _read_json(path / "preprocessor_config.json")
+    image_processor = complete(processor_config.get("image_processor") or _read_json(path / "preprocessor_config.json"))
     try:
         preprocessing = Preprocessing.from_config(image_processor)
     except PictureError as error:
         raise ExportError(f"{path}: {error}") from error
     tokenizer_config = _read_json(path / "tokenizer_config.json")
     tokenizer = _load_tokenizer(path / "tokenizer.json")
-    template = _chat_template(path, tokenizer_config)
+    template = _chat_template(path, processor_config, tokenizer_config)
+    processor_config.pop("chat_template", None)  # a bundle has it in a file of its own
     generation_config = _read_generation_config(path / "generation_config.json")
     text: Any = config.text_config
     ends = AnswerEnds.of(path, generation_config, text, tokenizer, template, special_tokens(tokenizer_config))
@@ -143,6 +145,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _check_architecture(path: Path) -> None:
     config = _read_json(path / "config.json")
+    if is_llavas_own(config):
+        raise ExportError(f"{path}: {IMPORT_LLAVA.format(path)}")
     text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
     for name, found, known in (
         ("model_type", config.get("model_type"), ("llava",)),
@@ -165,6 +169,7 @@ def _read_config(path: Path) -> LlavaConfig:
         check_projector(config)
     except (StrictDataclassError, ProjectorError) as error:
         raise ExportError(f"{path / 'config.json'}: {_one_line(error)}") from None
+    without_pooling_head(config)
     text, vision = config.text_config, config.vision_config
     rotary = text.rope_parameters.get("rope_type", "default")
     chosen = config.vision_feature_layer
@@ -230,7 +235,7 @@ def _load_model(path: Path, config: LlavaConfig) -> LlavaForConditionalGeneratio
                 attn_implementation="eager",
                 use_safetensors=True,
                 local_files_only=True,
-                ignore_mismatched_sizes=True,  # they are told, and refused below
+                ignore_mismatched_sizes=True,  # told, and refused below
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -241,21 +246,13 @@ def _load_model(path: Path, config: LlavaConfig) -> LlavaForConditionalGeneratio
             transformers_logging.enable_progress_bar()
     model: LlavaForConditionalGeneration
     model, loading = loaded
-    if others := sorted(loading["mismatched_keys"]):
-        name, found, expected = others[0]
-        raise ExportError(
-            f"{path}: {len(others)} weights have other shapes than config.json says, the first is {name}: "
-            f"{list(found)}, expected {list(expected)}; correct config.json"
-        )
-    if missing := sorted(loading["missing_keys"]):
-        # transformers would go on with random numbers in their place.
-        raise ExportError(f"{path}: {len(missing)} weights are missing, the first is {missing[0]}; save it again")
     if unused := sorted(key for key in loading["unexpected_keys"] if "multi_modal_projector" in key):
-        # A projector without some of its weights would give other numbers than the one that was trained.
         raise ExportError(
             f"{path}: {unused[0]} is no weight of the projector that config.json asks for "
             f"({projector_type(model.config)!r}); correct projector_type or multimodal_projector_bias"
         )
+    if unfit := misfit(loading):
+        raise ExportError(f"{path}: {unfit}")
     model.eval().requires_grad_(False)
     return model
 
@@ -278,15 +275,28 @@ def _read_generation_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _chat_template(path: Path, tokenizer_config: dict[str, Any]) -> str:
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    older = _read_json(path / "chat_template.json", optional=True).get("chat_template")
-    template = older or tokenizer_config.get("chat_template")
-    if not isinstance(template, str):
-        raise ExportError(f"{file}: missing, and no other file holds a chat template; save the processor with one")
-    return template
+def _chat_template(path: Path, processor_config: dict[str, Any], tokenizer_config: dict[str, Any]) -> str:
+    """The template where transformers looks for it, in its order; raises ExportError where no file has one."""
+    # Until its release 4.44, transformers kept a processor's template among the processor's settings.
+    files: tuple[tuple[str, Any], ...] = (
+        ("processor_config.json", processor_config.get("chat_template")),
+        ("chat_template.json", _read_json(path / "chat_template.json", optional=True).get("chat_template")),
+        ("chat_template.jinja", _read_text(path / "chat_template.jinja")),
+        ("tokenizer_config.json", tokenizer_config.get("chat_template")),
+    )
+    for name, content in files:
+        try:
+            if template := default_template(content):
+                return template
+        except PromptError as error:
+            raise ExportError(f"{path / name}: {error}") from error
+    raise ExportError(
+        f"{path / 'chat_template.jinja'}: missing, and no other file holds a chat template; save the processor with one"
+    )
+
+
+def _read_text(file: Path) -> str | None:
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def _check_sizes(checkpoint: Checkpoint, preprocessing: Preprocessing) -> None:

@@ -19,6 +19,23 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 # What a person's picture comes in. Pillow reads more, but some of it (EPS) starts other programs.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+# What transformers' classes do where a file says nothing; their names may end with Fast or Pil.
+_CLIP_DEFAULTS: Mapping[str, Any] = {
+    "size": {"shortest_edge": 224},
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "SiglipImageProcessor": {
+        "size": {"height": 224, "width": 224},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
+    "CLIPImageProcessor": _CLIP_DEFAULTS,
+    "LlavaImageProcessor": _CLIP_DEFAULTS,
+}
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb: 256 MB as RGB
 
 Picture = str | Path | bytes | Image.Image  # a path, a file's bytes, or what Pillow opened or made
@@ -79,7 +96,7 @@ class Preprocessing:
 
         Raises PictureError where the settings ask for a step that is not implemented here.
         """
-        config = config.get("image_processor", config)
+        config = complete(config.get("image_processor", config))
         if config.get("do_pad"):
             raise PictureError("preprocessing: do_pad is true, which is not supported; resize to a fixed size instead")
         normalise = config.get("do_normalize", True)
@@ -96,6 +113,13 @@ class Preprocessing:
     def output_size(self) -> tuple[int, int] | None:
         """Height and width of every result, or None where they depend on the picture."""
         return self.crop or (self.size if isinstance(self.size, tuple) else None)
+
+
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """An image processor's settings with the defaults of its class where the file is silent, as transformers has it."""
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+    kind = kind.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+    return {**_DEFAULTS.get(kind, {}), **config}
 
 
 def _size(size: Any) -> tuple[int, int] | int:

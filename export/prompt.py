@@ -64,6 +64,21 @@ def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
+def default_template(given: Any) -> str | None:
+    """The chat template of what a file has under `chat_template`: a text, or the "default" of several with names.
+
+    None where there is no text. Raises PromptError where several have names, and none is the default.
+    """
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        given = {each.get("name"): each.get("template") for each in given if isinstance(each, Mapping)}
+    if isinstance(given, Mapping) and given:
+        if "default" not in given:
+            names = ", ".join(sorted(map(repr, given)))
+            raise PromptError(f"of its chat templates ({names}) none is named 'default'; name the one to take so")
+        given = given["default"]
+    return given if isinstance(given, str) and given else None
+
+
 @lru_cache(maxsize=16)
 def _compile(template: str) -> jinja2.Template:
     # The flags, filters and globals of transformers' chat templates, so that the same template gives the same text.

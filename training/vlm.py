@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -18,6 +19,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,7 +34,8 @@ from switchkd.export.projectors import (
     llava_class,
     tokens_per_picture,
 )
-from switchkd.export.prompt import SAVED_CUTS, end_of_turn
+from switchkd.export.prompt import SAVED_CUTS, PromptError, default_template, end_of_turn
+from switchkd.export.weights import IMPORT_LLAVA, is_llavas_own, misfit, without_pooling_head
 
 from .chat_templates import reading_parts
 from .conversations import ConversationEncoder
@@ -40,6 +43,8 @@ from .conversations import ConversationEncoder
 IMAGE_TOKEN = "<image>"
 ENCODERS = ("siglip_vision_model", "clip_vision_model")  # a SigLIP 2 of fixed resolution is a siglip_vision_model
 PARTS = ("encoder", "projector", "language_model")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_POINTER, _POINTER_BYTES = b"version https://git-lfs", 1024  # how a file begins that Git LFS has not fetched
 
 
 class ModelError(ValueError):
@@ -93,20 +98,34 @@ def load_vlm(source: str | Path, *, dtype: torch.dtype | None = None, **loading:
         kind = llava_class(config)
     except ProjectorError as error:
         raise ModelError(f"{source}: {error}") from None
+    model = _load(kind, source, config=config, dtype=dtype or torch.float32, use_safetensors=True, **loading)
     try:
-        loaded: Any = kind.from_pretrained(
-            source, dtype=dtype or torch.float32, use_safetensors=True, output_loading_info=True, **loading
-        )
         processor = LlavaProcessor.from_pretrained(source, backend="pil")
-    except OSError as error:
-        raise ModelError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from None
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        # transformers would go on with random numbers in their place.
-        raise ModelError(f"{source}: {len(missing)} weights are missing, the first is {missing[0]}; save it again")
+    except (OSError, ValueError) as error:
+        raise _not_loaded(source, error) from None
     model.config.image_seq_length = tokens_per_picture(model.config)
     complete_processor(processor, model.config)
     return Vlm(model, processor)
+
+
+def _load(kind: Any, source: str | Path, *, encoder: bool = False, **loading: Any) -> Any:
+    """A model of a class from a folder or hub id, all of its weights read and none made up. Raises ModelError."""
+    try:
+        model, info = kind.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **loading
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _not_loaded(source, error) from None
+    if reason := misfit(info, encoder=encoder):
+        raise ModelError(f"{source}: {reason}")
+    return model
+
+
+def _not_loaded(source: str | Path, error: Exception) -> ModelError:
+    for file in sorted(Path(source).glob("*.*")) if Path(source).is_dir() else ():
+        if file.is_file() and file.stat().st_size < _POINTER_BYTES and file.read_bytes().startswith(_POINTER):
+            return ModelError(f"{file}: holds no data but a pointer of Git LFS; fetch it with `git lfs pull`")
+    return ModelError(f"{source}: cannot be loaded: {' '.join(str(error).split())[:300]}")
 
 
 def complete_processor(processor: LlavaProcessor, config: LlavaConfig) -> None:
@@ -116,8 +135,11 @@ def complete_processor(processor: LlavaProcessor, config: LlavaConfig) -> None:
             setattr(processor, name, value)
     tokenizer = processor.tokenizer
     forget_cuts(tokenizer)
-    template = processor.chat_template or tokenizer.chat_template
-    if isinstance(template, str):
+    try:
+        template = default_template(processor.chat_template) or default_template(tokenizer.chat_template)
+    except PromptError as error:
+        raise ModelError(f"{tokenizer.name_or_path}: {error}") from None
+    if template is not None:
         template = reading_parts(template, tokenizer.special_tokens_map, processor.image_token)
         processor.chat_template = tokenizer.chat_template = template
 
@@ -140,14 +162,14 @@ def build_vlm(
     `projector` is LLaVA's 2-layer GELU "mlp", or "ldpv2", which pools the tokens to `projector_grid` on a side.
     Raises ModelError for an encoder, a projector or a language model that does not fit.
     """
-    tower = _encoder(encoder, dtype or torch.float32)
+    tower = load_encoder(encoder, dtype or torch.float32)
     sight = visual_settings(tower.config, vision_feature_layer, drop_first_patch, projector, projector_grid)
     try:
         check_projector(LlavaConfig(**sight))  # before the larger model is loaded
     except ProjectorError as error:
         raise ModelError(f"{encoder}: {error}") from None
-    causal = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype or torch.float32)
-    tokenizer = load_tokenizer(language_model)
+    tokenizer, pictures = load_tokenizer(language_model), _image_processor(encoder)
+    causal = _load(AutoModelForCausalLM, language_model, dtype=dtype or torch.float32)
     if len(tokenizer) > causal.config.vocab_size:
         causal.resize_token_embeddings(len(tokenizer))
     for part, source in ((tower, encoder), (causal, language_model)):
@@ -166,7 +188,7 @@ def build_vlm(
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
-    return Vlm(model, make_processor(encoder, tokenizer, config))
+    return Vlm(model, _processor(pictures, tokenizer, config))
 
 
 def visual_settings(
@@ -247,8 +269,10 @@ def read_config(source: str | Path) -> Any:
     if is_path and not (folder / "config.json").is_file():
         raise ModelError(f"{source}: no config.json there; expected a Hugging Face checkpoint folder")
     try:
+        # Looked at before transformers makes a model's config of it, whatever that would be.
+        given, _ = PreTrainedConfig.get_config_dict(source)
         # Left unset, transformers asks at the terminal whether to run the code that came with the weights.
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = None if is_llavas_own(given) else AutoConfig.from_pretrained(source, trust_remote_code=False)
     except ValueError as error:  # a model type that is not transformers' own
         raise ModelError(
             f"{source}: cannot be loaded without code of its own: {str(error).splitlines()[0]}; `switchkd import "
@@ -256,15 +280,22 @@ def read_config(source: str | Path) -> Any:
         ) from None
     except OSError as error:
         raise ModelError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    if config is None:
+        raise ModelError(f"{source}: {IMPORT_LLAVA.format(source)}")
+    if config.model_type == "llava":
+        without_pooling_head(config)
+    return config
 
 
-def _encoder(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_encoder(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """A SigLIP's or CLIP's vision tower, or the one of a LLaVA checkpoint, as in the paper's table 3."""
     config = read_config(source)
+    tower: PreTrainedModel
     if config.model_type == "llava":
-        tower: PreTrainedModel = load_vlm(source, dtype=dtype).model.model.vision_tower
+        tower = load_vlm(source, dtype=dtype).model.model.vision_tower
         return tower
-    return AutoModel.from_pretrained(source, config=encoder_config(source, config), dtype=dtype)  # type: ignore[no-any-return]
+    tower = _load(AutoModel, source, encoder=True, config=encoder_config(source, config), dtype=dtype)
+    return tower
 
 
 def encoder_config(source: str | Path, config: Any) -> Any:
@@ -278,20 +309,27 @@ def encoder_config(source: str | Path, config: Any) -> Any:
         )
     if vision.model_type not in ENCODERS:
         raise ModelError(f"{source}: encoder type is {vision.model_type!r}; supported are {', '.join(ENCODERS)}")
-    if vision.model_type == "siglip_vision_model":
-        vision.vision_use_head = False  # the pooling head is never read by LLaVA
+    without_pooling_head(vision)
     return vision
 
 
 def load_tokenizer(language_model: str | Path) -> PreTrainedTokenizerBase:
     """A language model's tokenizer with the image token, and its template reading pictures. Raises ModelError."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(language_model)
-    if tokenizer.chat_template is None:
+    folder = Path(language_model)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        # transformers would make an empty one.
+        raise ModelError(f"{language_model}: no tokenizer there; put tokenizer.json and tokenizer_config.json into it")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(language_model)
+        template = default_template(tokenizer.chat_template)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(language_model, error) from None
+    if template is None:
         raise ModelError(f"{language_model}: its tokenizer has no chat template; use an instruct model")
     forget_cuts(tokenizer)
     add_image_token(tokenizer)
     names = tokenizer.special_tokens_map
-    tokenizer.chat_template = reading_parts(str(tokenizer.chat_template), names, IMAGE_TOKEN)
+    tokenizer.chat_template = reading_parts(template, names, IMAGE_TOKEN)
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     # A base model's tokenizer ends documents; what ends an answer is for the template to say.
     tokenizer.eos_token = end_of_turn(tokenizer.chat_template, names, special) or tokenizer.eos_token
@@ -327,10 +365,28 @@ def _image_token_settings(config: LlavaConfig) -> dict[str, Any]:
 
 
 def make_processor(encoder: str | Path, tokenizer: PreTrainedTokenizerBase, config: LlavaConfig) -> LlavaProcessor:
-    """The processor of a model put together: the encoder's picture settings, the tokenizer and its chat template."""
-    # The PIL processors need no torchvision and are what the exported preprocessing is compared with.
+    """The processor of a model put together: the encoder's picture settings, the tokenizer and its chat template.
+
+    Raises ModelError where the encoder comes without picture settings.
+    """
+    return _processor(_image_processor(encoder), tokenizer, config)
+
+
+def _image_processor(encoder: str | Path) -> Any:
+    try:
+        # The PIL processors need no torchvision and are what the exported preprocessing is compared with.
+        return AutoImageProcessor.from_pretrained(encoder, backend="pil", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{encoder}: its image processor cannot be loaded ({reason}); put the encoder's preprocessor_config.json "
+            "into its folder"
+        ) from None
+
+
+def _processor(pictures: Any, tokenizer: PreTrainedTokenizerBase, config: LlavaConfig) -> LlavaProcessor:
     return LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(encoder, backend="pil"),
+        image_processor=pictures,
         tokenizer=tokenizer,
         image_token=IMAGE_TOKEN,
         chat_template=tokenizer.chat_template,

@@ -47,6 +47,7 @@ OPEN_DOORS: dict[str, tuple[str, ...]] = {
         "switchkd.export.pixels",
         "switchkd.export.projectors",
         "switchkd.export.prompt",
+        "switchkd.export.weights",  # both rooms load checkpoints, and refuse by one rule what does not fit
     ),
     "export": (),
     "serve": SHARED,
