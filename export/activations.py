@@ -45,13 +45,28 @@ def record_activations(
 
 
 def _session(path: Path, graph: OnnxGraph, tensors: list[str]) -> onnxruntime.InferenceSession:
-    """Open a graph with these tensors as outputs too; its weights are read from where they lie."""
+    """Open a graph with these tensors as outputs too."""
     outputs = graph.proto.graph.output
     known = {value.name for value in outputs}
     outputs.extend(
         helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in tensors if name not in known
     )
+    return open_graph(path, graph)
+
+
+def open_graph(
+    path: Path, graph: OnnxGraph, *, as_written: bool = False, packed: bool = True
+) -> onnxruntime.InferenceSession:
+    """Open a graph that was changed since it was read from `path`, beside which its weights stay.
+
+    `as_written` leaves out the runtime's optimisations. Not `packed`, weights are used as they lie in the file: no copy
+    of them is made in the order in which a product takes them.
+    """
     options = onnxruntime.SessionOptions()
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if not packed:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent.resolve()))
     # Threads that wait by spinning take the processor from whatever trains beside an export.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

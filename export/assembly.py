@@ -34,6 +34,7 @@ from .mixing import Mixing, MixOptions
 from .onnx_graph import OnnxGraph, Storage
 from .ort_files import check_ort_files, write_ort_files
 from .out_folder import making
+from .overflow import Overflow
 from .parity import PAIRS, Expected, Pairs, SamplePrompt, check_pairs, compare, record, sample_prompts
 from .precisions import MIXED, Precision, choose_precisions, dtype_of, precision_of
 from .progress import Progress as Progress
@@ -88,12 +89,17 @@ class _Plan:
         return frozenset(each.name for each in users if each.name not in (self.prefill, EXACT))
 
     @property
+    def halves(self) -> frozenset[str]:
+        """The precisions that compute in float16."""
+        return frozenset(each.name for each in self.chosen if each.cache_dtype == "float16")
+
+    @property
     def steps(self) -> int:
         """How many steps there are to do."""
         trace = len(GRAPHS) - 1 + len(self.forms)
         write_and_verify = (1 + len(self.forms)) * len(self.chosen) + len(self.writers)
         always = 3  # load the checkpoint, ask PyTorch, measure the speed
-        return always + trace + write_and_verify + 2 * self.ort + self.mix_steps
+        return always + trace + write_and_verify + bool(self.halves) + 2 * self.ort + self.mix_steps
 
 
 def export_checkpoint(
@@ -197,15 +203,25 @@ def _write_bundle(source: Checkpoint, bundle: Path, plan: _Plan, steps: Steps) -
             expected = record(TorchReference(source.model, facts.eos_token_ids), prompts, steps.pairs_done)
         # From here on the model is in the files and in the answers: its memory goes to the graphs.
         source.release()
-        mixing = _mix(plan, Variants(Path(traced), settings, descriptions), calibration, steps)
-        graphs = _write_graphs(Path(traced), descriptions, bundle, plan, mixing, steps)
+        variants = Variants(Path(traced), settings, descriptions)
+        mixing = _mix(plan, variants, calibration, steps)
+        overflow = None
+        if plan.halves:
+            with steps.step("look for large numbers"):
+                overflow = Overflow.find(variants, descriptions, prompts, expected)
+        graphs = _write_graphs(Path(traced), descriptions, bundle, plan, mixing, overflow, steps)
     if plan.ort:
         with steps.step("write .ort files"):
             write_ort_files(bundle, graphs)
     _write_json(bundle / "config.json", {**_config(source), "transformers.js_config": _transformers_js(graphs)})
     manifest = replace(manifest, graphs=graphs, files=_hash_files(bundle))
     (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    manifest = replace(manifest, verification=_verify(bundle, manifest, prompts, expected, mixing, plan.ort, steps))
+    verification = _verify(bundle, manifest, prompts, expected, mixing, plan.ort, steps)
+    for variant, found in manifest.variants().items():
+        if overflow is not None and found.precision in plan.halves:
+            used = (each for each in descriptions if each.name != DECODER or each.form == found.form)
+            verification[variant]["float32"] = overflow.record(_onnx(Path(), description) for description in used)
+    manifest = replace(manifest, verification=verification)
     write_card(Bundle.open(bundle), manifest)
     manifest = replace(manifest, files=_hash_files(bundle))
     (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -262,6 +278,7 @@ def _write_graphs(
     bundle: Path,
     plan: _Plan,
     mixing: Mixing | None,
+    overflow: Overflow | None,
     steps: Steps,
 ) -> tuple[GraphFile, ...]:
     """Make every precision from the traced float32 files, one graph at a time."""
@@ -271,6 +288,8 @@ def _write_graphs(
             for description in descriptions:
                 mixed = mixing if precision.name == MIXED else None
                 graph = OnnxGraph.read(mixed.file(description) if mixed else _onnx(traced, description))
+                if overflow is not None:
+                    graph.largest = overflow.largest[_onnx(traced, description).name]
                 precision.change(description.name, graph)
                 if description.name == DECODER and precision.name in plan.writers:
                     round_activations(graph)  # it will see one token at a time

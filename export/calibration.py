@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 from tokenizers import Tokenizer
 
-from .bundle import DECODER, NUM_LOGITS_TO_KEEP, Bundle
+from .bundle import DECODER, EMBED_TOKENS, NUM_LOGITS_TO_KEEP, Bundle
 from .graphs import ExportError
 from .parity import Answer, Difference, SamplePrompt, make_prompt
 from .pixels import PictureError, read_pixels
@@ -167,7 +167,11 @@ def answered_by(runner: GraphRunner, prompts: Sequence[SamplePrompt], max_new_to
 
 
 def feeds(runner: GraphRunner, name: str, pairs: Sequence[Pair]) -> Iterator[dict[str, Array]]:
-    """Inputs of the vision encoder (its pictures) or the decoder (question and answer, with the runner's features)."""
+    """Inputs of a graph: pictures, tokens of questions, or questions and answers with the runner's features in them."""
+    if name == EMBED_TOKENS:
+        for pair in pairs:
+            yield {runner.bundle.graph(name).inputs[0].name: np.array([pair.prompt.ids], dtype=np.int64)}
+        return
     if name != DECODER:
         for pixels_PCHW in pictures(pairs):
             yield {runner.bundle.graph(name).inputs[0].name: pixels_PCHW}

@@ -188,6 +188,12 @@ def _notes(manifest: Manifest) -> str:
     parts = manifest.verification.get(MIXED, {}).get("parts", {})
     notes = {MIXED: ", ".join(f"{part} {method}" for part, method in parts.items())}
     lines = [f"- `{name}`: {precision_of(name).note} {notes.get(name, '')}".rstrip() for name in manifest.precisions]
+    for variant, record in manifest.verification.items():
+        lines += [
+            f"- In `{variant}` {kept['operators']} operators of `{graph}` ({', '.join(kept['parts'])}) stay float32: "
+            f"their numbers reach {kept['largest']:,.0f}, and float16 ends at 65,504."
+            for graph, kept in record.get("float32", {}).items()
+        ]
     if fused := [f"`{variant}`" for variant, found in manifest.variants().items() if found.form == FUSED]:
         lines.append(
             f"- The decoder of {', '.join(fused)} is made of ONNX Runtime's fused operators: no `position_ids`, and a "

@@ -14,15 +14,27 @@ from .onnx_graph import OnnxGraph
 # operator to the last.
 _CHAINS = {"Reciprocal": "Pow", "Cos": "Cast", "Sin": "Cast"}
 _LARGEST = np.float32(np.finfo(np.float16).max)
+# How much further than the numbers that were seen others may reach: pictures and prompts are many, and a few were run.
+MARGIN = 4
+# In the place of the smallest number of float32, which stands for "never" in a sum before a softmax. Of this one's
+# exponential nothing is left either, and the sum stays within float16.
+_NEVER = np.float32(-8192)
 
 
 def halve(graph: OnnxGraph, float32: list[str]) -> None:
-    """Make weights, activations and caches float16; the inputs and outputs named in `float32` stay as they are."""
-    stubs = {tensor.name: tensor for tensor in graph.proto.graph.initializer if tensor.name in graph.weights}
+    """Make weights, activations and caches float16; the inputs and outputs named in `float32` stay as they are.
+
+    So does what takes or gives a number of `graph.largest` that float16 does not hold.
+    """
+    soften_mask(graph)
+    main = graph.proto.graph
+    stubs = {tensor.name: tensor for tensor in main.initializer if tensor.name in graph.weights}
+    kept = {*always_float32(main), *(node.name for node in overflowing(graph))}
+    takers = {name: {node.name for node in main.node if name in node.input} for name in stubs}
     converted = convert_float_to_float16(
-        _with_inputs_for(graph.proto, stubs),
-        keep_io_types=float32,
-        node_block_list=list(_kept_in_float32(graph.proto.graph)),
+        _with_inputs_for(graph, stubs),
+        keep_io_types=[*float32, *(name for name in stubs if takers[name] <= kept)],
+        node_block_list=sorted(kept),
     )
     _join_chains(converted.graph)
     types = {value.name: value.type.tensor_type.elem_type for value in converted.graph.input}
@@ -37,14 +49,44 @@ def halve(graph: OnnxGraph, float32: list[str]) -> None:
     graph.proto = converted
 
 
-def _with_inputs_for(proto: onnx.ModelProto, stubs: dict[str, onnx.TensorProto]) -> onnx.ModelProto:
-    """The graph with inputs in place of these weights: the converter wants the type of each, and would read it."""
+def soften_mask(graph: OnnxGraph) -> None:
+    """Replace the smallest number of float32 where it is a constant: it masks, and float16 has none so small."""
+    for tensor in graph.proto.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and tensor.name not in graph.weights:
+            values = onnx.numpy_helper.to_array(tensor)
+            if (lowest := values == np.finfo(np.float32).min).any():
+                tensor.CopyFrom(onnx.numpy_helper.from_array(np.where(lowest, _NEVER, values), tensor.name))
+
+
+def overflowing(graph: OnnxGraph) -> list[onnx.NodeProto]:
+    """The nodes that take or give a tensor of `graph.largest` beyond float16, computed ones with MARGIN."""
+    constants = graph.constants()
+    wide = {
+        name
+        for name, number in graph.largest.items()
+        if not number * (1 if name in constants else MARGIN) <= float(_LARGEST)
+    }
+    return [node for node in graph.proto.graph.node if wide & {*node.input, *node.output}]
+
+
+def _with_inputs_for(graph: OnnxGraph, stubs: dict[str, onnx.TensorProto]) -> onnx.ModelProto:
+    """The graph with inputs in place of these weights: the converter wants the type of each, and would read it.
+
+    It finds the types of tensors behind ONNX Runtime's own operators nowhere but here.
+    """
+    proto = graph.proto
     bare = onnx.ModelProto()
     bare.CopyFrom(proto)
     del bare.graph.initializer[:]
     bare.graph.initializer.extend(tensor for tensor in proto.graph.initializer if tensor.name not in stubs)
     for name, tensor in stubs.items():
         bare.graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
+    given = {value.name for value in (*bare.graph.input, *bare.graph.output, *bare.graph.initializer)}
+    bare.graph.value_info.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        for name in graph.largest
+        if name not in given
+    )
     return bare
 
 
@@ -58,7 +100,7 @@ def _lazily_halved(weight: ir.TensorProtocol) -> ir.LazyTensor:
     return ir.LazyTensor(read, dtype=ir.DataType.FLOAT16, shape=ir.Shape(weight.shape.numpy()), name=weight.name)
 
 
-def _kept_in_float32(graph: onnx.GraphProto) -> Iterator[str]:
+def always_float32(graph: onnx.GraphProto) -> Iterator[str]:
     """Names of the nodes between the ends of _CHAINS, and of those that take a reciprocal."""
     producers = {name: node for node in graph.node for name in node.output}
     for node in graph.node:
@@ -90,5 +132,7 @@ def _join_chains(graph: onnx.GraphProto) -> None:
         if node.name.endswith("_cast_to_fp32_node") and node.input[0] in narrowed
     }
     for node in graph.node:
+        if node.name.startswith("graph_output_cast"):
+            node.input[0] = narrowed.get(node.input[0], node.input[0])
         for place, name in enumerate(node.input):
             node.input[place] = joined.get(name, name)

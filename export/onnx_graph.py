@@ -5,6 +5,7 @@ are read one at a time, when they are written or changed.
 """
 
 import gc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -42,6 +43,7 @@ class OnnxGraph:
     def __init__(self, proto: onnx.ModelProto, weights: dict[str, ir.TensorProtocol]) -> None:
         self.proto = proto
         self.weights = weights
+        self.largest: Mapping[str, float] = {}  # of each float tensor, where `ranges` has looked
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -1,6 +1,6 @@
 """Mixes of methods as graphs on disk, each made from the traced float32 graph when it is first asked for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from .graphs import GraphDescription, quiet
 from .onnx_graph import OnnxGraph, Storage
 from .parts import PARTS, parts_in
 from .precisions import CALIBRATED, METHODS, MIXED, change_parts
+from .ranges import largest_numbers
 from .verification import Array, GraphRunner
 
 FLOAT32 = dict.fromkeys(PARTS, METHODS[0])
@@ -30,7 +31,7 @@ class Variants:
     def file(self, description: GraphDescription, parts: Mapping[str, str]) -> Path:
         """The file of a graph with its parts in these methods."""
         methods = {part: parts[part] for part in parts_in(description.name)}
-        traced = self._folder / _name(description)
+        traced = self.traced(description)
         if set(methods.values()) == {METHODS[0]}:
             return traced
         path = traced.with_stem("-".join((traced.stem, *methods.values())))
@@ -41,6 +42,10 @@ class Variants:
                 change_parts(graph, methods, activations)
                 graph.write(path, Storage(inline_bytes=0))
         return path
+
+    def traced(self, description: GraphDescription) -> Path:
+        """The file of a graph in float32."""
+        return self._folder / _name(description)
 
     def runner(self, parts: Mapping[str, str]) -> GraphRunner:
         """The mix with the decoder's first form, ready to run; features of float32 are remembered for all mixes."""
@@ -84,13 +89,19 @@ class Variants:
         """What a float32 graph multiplies while it reads the pairs, by the name of the tensor."""
         name = _name(description)
         if name not in self._activations:
-            others = [other for other in self._descriptions if other.name != description.name]
-            runner = _Runner(self._bundle([description, *others], FLOAT32), self._features)
-            runner.encode_ahead(pictures(self.pairs))
-            self._activations[name] = record_activations(
-                self._folder / name, feeds(runner, description.name, self.pairs)
-            )
+            self._activations[name] = record_activations(self._folder / name, self._feeds(description, self.pairs))
         return self._activations[name]
+
+    def largest_numbers(self, description: GraphDescription, pairs: Sequence[Pair]) -> dict[str, float]:
+        """The largest number of every float tensor of a float32 graph while it reads these pairs."""
+        return largest_numbers(self.traced(description), self._feeds(description, pairs))
+
+    def _feeds(self, description: GraphDescription, pairs: Sequence[Pair]) -> Iterator[dict[str, Array]]:
+        others = [other for other in self._descriptions if other.name != description.name]
+        runner = _Runner(self._bundle([description, *others], FLOAT32), self._features)
+        runner.encode_ahead(pictures(pairs))
+        runner.close_encoder()
+        return feeds(runner, description.name, pairs)
 
 
 class _Runner(GraphRunner):
@@ -106,6 +117,10 @@ class _Runner(GraphRunner):
         if key not in self._known:
             self._known[key] = self.run(VISION_ENCODER, [pixels_PCHW])[0]
         return self._known[key]
+
+    def close_encoder(self) -> None:
+        """Give back the memory of a graph whose pictures are all remembered."""
+        self._sessions = {key: session for key, session in self._sessions.items() if key[0] != VISION_ENCODER}
 
 
 def _name(description: GraphDescription) -> str:

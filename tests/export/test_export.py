@@ -361,8 +361,9 @@ def test_sliding_windows_that_older_configs_do_not_list(checkpoint: Path) -> Non
 
 
 def test_checkpoint_of_another_make(checkpoint: Path) -> None:
-    """A head of its own, a projector without biases that reads two layers, and weights in several files."""
+    """A head of its own, a projector without biases that reads two layers, numbers beyond float16, several files."""
     weights = load_file(checkpoint / "model.safetensors")
+    weights[next(name for name in weights if name.endswith("encoder.layers.0.mlp.fc2.bias"))][3] += 3e5
     weights = {name: tensor for name, tensor in weights.items() if not re.search(r"projector.*bias", name)}
     first = next(name for name in weights if "linear_1.weight" in name)
     weights[first] = torch.cat([weights[first], weights[first].flip(0)], dim=1)
@@ -384,11 +385,18 @@ def test_checkpoint_of_another_make(checkpoint: Path) -> None:
     index = {"metadata": {}, "weight_map": places}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     out = checkpoint.parent / "bundle"
-    export_checkpoint(checkpoint, out, precisions=["fp32"], pairs=6)
+    export_checkpoint(checkpoint, out, precisions=["fp32", "fp16"], pairs=6)
     constants = [numpy_helper.to_array(tensor) for tensor in load(out, "decoder_model_merged").graph.initializer]
     head = weights["lm_head.weight"].numpy()
     assert any(np.array_equal(constant, head.T) for constant in constants)
-    assert len(json.loads((out / "manifest.json").read_text())["source"]["weights"]) == 2
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert len(manifest["source"]["weights"]) == 2
+    # What float16 cannot hold stays float32 in that precision, and whoever reads of it is told.
+    assert "float32" not in manifest["verification"]["fp32"]
+    kept = manifest["verification"]["fp16"]["float32"]["vision_encoder"]
+    assert kept["parts"] == ["vision_encoder", "projector"]
+    said = f"- In `fp16` {kept['operators']} operators of `vision_encoder` (vision_encoder, projector) stay float32"
+    assert said in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"])

@@ -285,6 +285,7 @@ def test_a_broken_file_is_beyond_its_bounds(
 
 def test_sound_files_are_well_within_their_bounds(bundle: Path) -> None:
     record = json.loads((bundle / "manifest.json").read_text())["verification"]
+    assert record["fp16"]["float32"] == record["q4f16"]["float32"] == {}  # no number of it is too large for float16
     for name, found in record.items():
         bounds: Bounds = PRECISIONS[name].bounds
         for part in ("image_features", "inputs_embeds", "logits"):
