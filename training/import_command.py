@@ -1,4 +1,4 @@
-"""`switchkd import tinyllava CHECKPOINT OUT`: turn a checkpoint of another project into the standard folder."""
+"""`switchkd import llava CHECKPOINT OUT` (or `tinyllava`): turn another project's checkpoint into a standard folder."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from .terminal import quiet_libraries
 from .vlm import ModelError
 
 ERRORS: tuple[type[Exception], ...] = (ModelError,)
-FORMATS = ("tinyllava",)
+FORMATS = ("llava", "tinyllava")
 # What an import reads; a hub repository often holds code and training states besides.
-_WANTED = ["*.json", "*.txt", "*.safetensors", "*.bin", "*.jinja"]
+_WANTED = ["*.json", "*.txt", "*.model", "*.safetensors", "*.bin", "*.jinja"]
 _UNWANTED = ["checkpoint-*", "training_args.bin", "*optimizer*", "*scheduler*"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument(
-        "format", choices=FORMATS, help="tinyllava: TinyLLaVA Factory, SigLIP or CLIP with Qwen2 or 2.5"
+        "format",
+        choices=FORMATS,
+        help="llava: LLaVA-1.5's or LLaVA-NeXT's own code, SigLIP or CLIP with Llama, Qwen2 or 2.5; tinyllava: "
+        "TinyLLaVA Factory, SigLIP or CLIP with Qwen2 or 2.5",
     )
     parser.add_argument("checkpoint", help="the checkpoint's folder, or its id on the hub")
     parser.add_argument("out", type=Path, help="the folder to write, new or empty")
@@ -30,22 +33,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--encoder",
+        "--vision-tower",
         metavar="FOLDER",
-        help="where the vision encoder's config and image processor are, if the checkpoint lacks them",
+        help="where the vision encoder's config and image processor are, and its weights, if the checkpoint lacks them",
     )
     parser.add_argument(
         "--prompt",
-        choices=("base", "instruct"),
-        help="TinyLLaVA's qwen2_base or qwen2_instruct prompt (default: by the tokenizer's end-of-sequence token)",
+        choices=("base", "instruct", "v1", "qwen"),
+        help="tinyllava: its qwen2_base or qwen2_instruct prompt (default: by the tokenizer's end-of-sequence token); "
+        "llava: its v1 or qwen prompt (default: by the language model)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 0 when the folder is written."""
     quiet_libraries()
-    from .tinyllava import Sources, import_tinyllava
+    from .imports import Sources
+    from .llava_original import import_llava
+    from .tinyllava import import_tinyllava
 
-    done = import_tinyllava(
+    run_import = {"llava": import_llava, "tinyllava": import_tinyllava}[args.format]
+    done = run_import(
         _folder(args.checkpoint), args.out, Sources(args.language_model, args.encoder), prompt=args.prompt
     )
     sys.stderr.write(
@@ -56,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         "a student that learns from it should read its prompt: put its chat_template.jinja into the folder of the "
         "student's language model\n"
     )
+    for note in done.notes:
+        sys.stderr.write(f"{note}\n")
     if done.left_out:
         sys.stderr.write(
             f"left out, because LLaVA never reads them: {len(done.left_out)} tensors, the first is {done.left_out[0]}\n"
