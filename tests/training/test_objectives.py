@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from switchkd.training.dbild import dbild
 from switchkd.training.objectives import OBJECTIVES, Positions, build_objective
@@ -14,7 +15,7 @@ from switchkd.training.spread import BINS, COUNTS
 ROWS, WITH_PICTURE, OURS, THEIRS = 7, 4, 31, 33
 
 
-def make_positions(dtype: torch.dtype = torch.float64, rows: int = ROWS) -> Positions:
+def make_positions(dtype: torch.dtype = torch.float64, rows: int = ROWS, theirs: int = THEIRS) -> Positions:
     generator = torch.Generator().manual_seed(0)
 
     def logits(count: int, vocabulary: int) -> Tensor:
@@ -24,8 +25,8 @@ def make_positions(dtype: torch.dtype = torch.float64, rows: int = ROWS) -> Posi
     return Positions(
         torch.randint(0, OURS, (rows,), generator=generator),
         logits(rows, OURS).requires_grad_(),
-        logits(rows, THEIRS),
-        logits(WITH_PICTURE, THEIRS).requires_grad_() if rows else None,
+        logits(rows, theirs),
+        logits(WITH_PICTURE, theirs).requires_grad_() if rows else None,
     )
 
 
@@ -114,6 +115,30 @@ def test_switch_kd(settings: dict[str, Any]) -> None:
     torch.testing.assert_close(terms["loss"], expected)
     assert ("vsd" in terms) == (settings.get("lambda_vsd") != 0)
     assert ("dbild" in terms) == (settings.get("lambda_dbild") != 0)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("theirs", [THEIRS, 23])
+def test_cross_entropy_is_over_the_students_whole_vocabulary(name: str, theirs: int) -> None:
+    """Where the teacher's is smaller too: a token that it lacks learns from the labels, and from them alone."""
+    positions = make_positions(theirs=theirs)
+    positions.labels_N[0] = OURS - 1
+    terms = build_objective(name, **({} if name == "sft" else {"lambda_ce": 1.0}))(positions)
+    torch.testing.assert_close(terms["ce"], cross_entropy(positions).detach())
+    (found_NV,) = torch.autograd.grad(terms["loss"], positions.student_NV)
+    alone_NV = positions.student_NV.detach().softmax(1) - one_hot(positions.labels_N, OURS)
+    torch.testing.assert_close(found_NV[:, theirs:], alone_NV[:, theirs:])
+
+
+def test_switch_kd_compares_what_both_have_where_the_teachers_vocabulary_is_the_smaller() -> None:
+    positions = make_positions(theirs=23)
+    assert positions.teacher_NV is not None
+    assert positions.switch_MV is not None
+    terms = build_objective("switch_kd")(positions)
+    expected = dbild(positions.teacher_NV, positions.student_NV[:, :23], reduction="sum")
+    torch.testing.assert_close(terms["dbild"], expected.detach())
+    expected = dbild(positions.teacher_NV[:WITH_PICTURE], positions.switch_MV, reduction="sum")
+    torch.testing.assert_close(terms["vsd"], expected.detach())
 
 
 def test_switch_kd_without_pictures_counts_no_switch_term() -> None:

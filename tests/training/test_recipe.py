@@ -1,4 +1,4 @@
-"""Recipes: read, overridden, checked; every shipped one is complete, and table 2 of the paper is in it."""
+"""Recipes: read, overridden, checked; every shipped one is complete."""
 
 import dataclasses
 from importlib import resources
@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import TrainingArguments
 
 from switchkd.cli.main import main
 from switchkd.training.arguments import training_arguments
 from switchkd.training.objectives import build_objective
-from switchkd.training.recipe import Recipe, RecipeError, TeacherRecipe, find_recipe, load_recipe
+from switchkd.training.recipe import Recipe, RecipeError, TeacherRecipe, load_recipe
 
 RECIPES = Path(str(resources.files("switchkd.recipes")))
 SHIPPED = sorted(
@@ -20,8 +19,6 @@ SHIPPED = sorted(
     for path in RECIPES.rglob("*.yaml")
     if path.parent.name not in ("deepspeed", "ablation") and path.stem not in ("encoder", "table2")
 )
-PAPER = [name for name in SHIPPED if name.startswith("paper/")]
-EVERYTHING = ("encoder", "projector", "language_model")
 
 PIECES = {"encoder": "x", "language_model": "y"}
 
@@ -48,30 +45,6 @@ def test_shipped_recipes_are_complete(name: str, tmp_path: Path) -> None:
         assert built.learning_rate > 0
         if stage.global_batch is not None:
             assert built.train_batch_size * built.gradient_accumulation_steps == stage.global_batch
-
-
-@pytest.mark.parametrize("name", PAPER)
-def test_every_paper_recipe_has_table_2(name: str) -> None:
-    recipe = load_recipe(name)
-    for stage in recipe.stages:
-        first = stage.name in ("pt", "dpt")
-        training = stage.training
-        assert training["learning_rate"] == (1e-3 if first else 2e-5)
-        for processes in (1, 2, 8, 16):
-            on = stage.training_on(processes)
-            batch = on["per_device_train_batch_size"] * on["gradient_accumulation_steps"] * processes
-            assert batch == (256 if first else 128), processes
-        assert TrainingArguments(output_dir="x", optim=training["optim"]).optim.startswith("adamw")
-        assert training["lr_scheduler_type"] == "cosine"
-        assert training["warmup_steps"] == 0.03
-        assert training["num_train_epochs"] == 1
-        assert training["deepspeed"] == ("zero3" if "7b-teacher" in name else "zero2")
-        frozen = name.endswith(("llava-kd", "align-kd"))  # these two leave the encoder as it is
-        assert stage.train == (("projector",) if first else EVERYTHING[1:] if frozen else EVERYTHING)
-    # The resolution is in the encoder's name: 384 pixels, and the released 1.8B's CLIP at 336.
-    assert str(recipe.model.encoder).endswith("336" if "clip" in name else "384")
-    zero2 = yaml.safe_load(find_recipe("deepspeed/zero2").read_text())
-    assert zero2["zero_optimization"]["stage"] == 2
 
 
 @pytest.mark.parametrize(
@@ -104,16 +77,6 @@ def test_paper_recipes_are_what_their_names_say(name: str, teacher: str | None, 
     distilled = {"switch": "switch_kd", "llava": "llava_kd", "align": "align_kd"}.get(name.split("-")[2])
     for stage in recipe.stages:
         assert stage.objective["name"] == (distilled if stage.name in ("dpt", "dft") else "sft")
-
-
-def test_rivals_have_the_weights_of_their_papers() -> None:
-    llava = load_recipe("paper/qwen2.5-0.5b-llava-kd").stages
-    for stage in (llava[0], llava[2]):
-        weights = [stage.objective[f"lambda_{term}"] for term in ("ce", "kd", "visual", "relation")]
-        assert weights == [1, 1, 1, 0.5]
-    align = load_recipe("paper/qwen2.5-0.5b-align-kd").stages[1].objective
-    assert [align[f"lambda_{term}"] for term in ("ce", "logits", "attention", "visual")] == [1, 1, 1, 1]
-    assert align["top_tokens"] == 16
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-7b-teacher", "clip-qwen2.5-1.5b-switch-kd", "qwen2.5-0.5b-llava-kd"])
