@@ -57,7 +57,7 @@ def knee_k(sorted_logits_NV: Tensor, *, min_k: int = 3, max_k: int | None = None
 
     Kneedle (Satopää et al. 2011) for a convex decreasing curve: with x = i/(V−1) and y the min–max-normalised logits,
     the knee is argmax of (1 − x) − y, the largest gap below the chord; k = argmax + 1. The first of equal gaps counts.
-    A row of all-equal logits has no gap and gets min_k. Never more than V.
+    A row without a gap, all-equal or nowhere below its chord but by rounding, gets min_k. Never more than V.
     """
     rows, vocabulary = sorted_logits_NV.shape
     if rows == 0 or vocabulary == 0:

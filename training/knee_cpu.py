@@ -29,16 +29,23 @@ def first_lowest(sorted_NS: Any, vocabulary: int, span_N1: Any) -> Any:
     """Return the knee of descending logits, numpy's or torch's: the argmin of z_i + i/(V−1)·span, first of equals.
 
     That is the largest gap below the chord. In logits, not divided by highest − lowest: the same place, and an
-    all-equal row needs no exception.
+    all-equal row needs no exception. Where nothing lies further below the chord than rounding reaches, it is the first.
     """
-    width = sorted_NS.shape[1]
+    rows, width = sorted_NS.shape
     if isinstance(sorted_NS, torch.Tensor):
         x_S: Any = torch.arange(width, dtype=sorted_NS.dtype, device=sorted_NS.device)
+        row_N: Any = torch.arange(rows, device=sorted_NS.device)
+        eps = torch.finfo(sorted_NS.dtype).eps
     else:
-        x_S = np.arange(width, dtype=sorted_NS.dtype)
+        x_S, row_N = np.arange(width, dtype=sorted_NS.dtype), np.arange(rows)
+        eps = np.finfo(sorted_NS.dtype).eps
     height_NS = x_S / max(vocabulary - 1, 1) * span_N1
     height_NS += sorted_NS
-    return height_NS.argmin(1)
+    knee_N = height_NS.argmin(1)
+    highest_N, span_N = sorted_NS[:, 0], span_N1[:, 0]
+    # The chord is at the height of its first point. Three roundings of the span and one of the sum make a height.
+    rounding_N = eps * (abs(highest_N) + 2 * span_N)
+    return knee_N * (height_NS[row_N, knee_N] < highest_N - rounding_N)
 
 
 def sorted_values(logits_NV: Floats) -> Floats:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from switchkd.cli.main import main
 from switchkd.training.checkpoints import MANIFEST, commit, fault, newest
 from switchkd.training.progress import training_rows
+from switchkd.training.recipe import DATA_CHECK
 from switchkd.training.stopping import EXIT_STOPPED
 from switchkd.training.trainer import FAILED_SAVES, DistillationTrainer
 
@@ -119,6 +120,79 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     assert "checkpoint-6 cannot be used: optimizer.pt has changed since it was saved" in capfd.readouterr().err
     assert same_weights(tmp_path / "out/dft", straight)
     assert not checkpoints.exists()
+
+
+Seen = list[tuple[str, Path]]
+
+
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """What this process does to its disk, in order: "sync", "rename" (to the path), "remove".
+
+    Before a rename, "lost" names what it makes final and a failure of power would take: the renamed file or all of the
+    renamed folder, and with a manifest everything beside it.
+    """
+    seen: Seen = []
+    synced: dict[int, tuple[int, int]] = {}
+    fsync, rmtree = os.fsync, shutil.rmtree
+
+    def sync(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        synced[found.st_ino] = found.st_size, found.st_mtime_ns
+        seen.append(("sync", Path(f"/proc/self/fd/{descriptor}").resolve()))
+        fsync(descriptor)
+
+    def noting(rename: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+        def renamed(source: Path, target: Path) -> None:
+            final = [Path(source), *Path(source).rglob("*")]
+            if Path(target).name == MANIFEST:
+                final += Path(target).parent.rglob("*")
+            for path, found in ((path, path.stat()) for path in final):
+                if synced.get(found.st_ino) != (found.st_size, found.st_mtime_ns):
+                    seen.append(("lost", path))
+            seen.append(("rename", Path(target)))
+            rename(source, target)
+
+        return renamed
+
+    def remove(path: Path, *arguments: Any, **settings: Any) -> None:
+        if Path(path).exists():
+            seen.append(("remove", Path(path)))
+        rmtree(path, *arguments, **settings)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, noting(getattr(os, name)))
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    return seen
+
+
+def test_nothing_has_its_final_name_or_is_thrown_away_before_all_of_it_is_on_the_disk(
+    tiny_checkpoint: Path, one_stage_recipe: Recipe, tmp_path: Path, on_disk: Seen
+) -> None:
+    recipe = one_stage_recipe(tmp_path / "r.yaml", tiny_checkpoint, max_steps=4, save_steps=1)
+    assert main(["train", str(recipe)]) == 0
+    out, work = tmp_path / "out", tmp_path / "out/.dft.checkpoints"
+    # What was found in the data can be found again, and is not waited for.
+    seen = [(what, path) for what, path in on_disk if path.is_relative_to(out) and DATA_CHECK not in path.parts]
+    assert [path for what, path in seen if what == "lost"] == []
+    checkpoints = [work / f"checkpoint-{step}" for step in (1, 2, 3, 4)]
+    for checkpoint in checkpoints:
+        committed = seen.index(("rename", checkpoint / MANIFEST))
+        begun = next(at for at, (_, path) in enumerate(seen) if path.is_relative_to(checkpoint))
+        # Its files' names in it, its own name, and then the manifest's.
+        assert {("sync", checkpoint), ("sync", work)} <= set(seen[begun:committed])
+        assert seen[committed + 1] == ("sync", checkpoint)
+    # Two are kept: the one before the last goes when the third is there.
+    removed = [path for what, path in seen if what == "remove" and path.parent == work]
+    assert removed == checkpoints[:2]
+    for older, newer in zip(checkpoints, checkpoints[2:], strict=False):
+        assert seen.index(("remove", older)) > seen.index(("rename", newer / MANIFEST))
+    finished = seen.index(("rename", out / "dft"))
+    assert seen[finished + 1] == ("sync", out)
+    first = seen.index(("rename", checkpoints[0] / MANIFEST))
+    assert ("remove", work) not in seen[first:finished]
+    assert ("remove", work) in seen[finished:]
 
 
 @contextmanager

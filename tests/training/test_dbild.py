@@ -231,6 +231,36 @@ def test_knee_is_the_largest_gap_below_the_chord() -> None:
     assert knee_k(torch.ones(0, 9)).shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(999, 61), (99, 9001)])
+@pytest.mark.parametrize("power", [1.0, 3.0])
+def test_where_nothing_lies_below_the_chord_k_is_its_least(
+    dtype: torch.dtype, rows: int, vocabulary: int, power: float
+) -> None:
+    """On the chord, or above it but at its ends: rounding alone would put one of the points below it."""
+    generator = torch.Generator().manual_seed(0)
+    highest_N1, span_N1 = 40 * torch.rand(2, rows, 1, generator=generator, dtype=torch.float64) - 20
+    z_NV = highest_N1 - span_N1.abs() * torch.linspace(0, 1, vocabulary, dtype=torch.float64) ** power
+    assert set(knee_k(z_NV.to(dtype), min_k=5).tolist()) == {5}
+    assert set(rank(z_NV.to(dtype).flip(1), min_k=5).k_N.tolist()) == {5}
+
+
+def test_a_tie_that_rounding_decides_is_decided_as_in_a_full_sort() -> None:
+    """Two knees a rounding apart: exactly compared it is the upper, in float32 the lower, which the floor must reach."""
+    hexes = ("0x1.3f03f4p-1", "0x1.3b804p-3", "0x1.369d92p-4", "0x1.8e8fa4p-5", "-0x1.6a2574p-2")
+    values, counts = [float.fromhex(value) for value in hexes], [1, 30, 119, 3387, 4687]
+    sorted_1V = torch.tensor(values).repeat_interleave(torch.tensor(counts))[None]
+    # The sample that the search guesses from sees all but the upper knee.
+    sampled = [*range(150), *range(8224 - 107, 8224)]
+    z_1V = torch.empty_like(sorted_1V)
+    z_1V[:, :: knee.SAMPLED] = sorted_1V[:, sampled]
+    others = torch.ones(8224, dtype=torch.bool).index_fill(0, torch.arange(0, 8224, knee.SAMPLED), False)
+    z_1V[:, others] = sorted_1V[:, 150 : 8224 - 107]
+    assert knee_k(sorted_1V.double()).tolist() == [151]
+    assert knee_k(sorted_1V).tolist() == [3538]
+    assert rank(z_1V).k_N.tolist() == [3538]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", ["bell", "ramp", "flat with peaks", "steps", "tiny span"])
 def test_histogram_finds_what_a_full_sort_finds(

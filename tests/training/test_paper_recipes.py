@@ -1,4 +1,4 @@
-"""Every shipped recipe of full size, resolved: it trains with the paper's values, and with stated ones where it has none."""
+"""Every shipped recipe of full size, resolved: the papers' values, and stated ones where they leave a choice."""
 
 import dataclasses
 from importlib import resources
