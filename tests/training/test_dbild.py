@@ -246,7 +246,7 @@ def test_where_nothing_lies_below_the_chord_k_is_its_least(
 
 
 def test_a_tie_that_rounding_decides_is_decided_as_in_a_full_sort() -> None:
-    """Two knees a rounding apart: exactly compared it is the upper, in float32 the lower, which the floor must reach."""
+    """Two knees a rounding apart: exactly it is the upper, in float32 the lower, which the floor must reach."""
     hexes = ("0x1.3f03f4p-1", "0x1.3b804p-3", "0x1.369d92p-4", "0x1.8e8fa4p-5", "-0x1.6a2574p-2")
     values, counts = [float.fromhex(value) for value in hexes], [1, 30, 119, 3387, 4687]
     sorted_1V = torch.tensor(values).repeat_interleave(torch.tensor(counts))[None]

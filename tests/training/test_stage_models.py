@@ -1,18 +1,22 @@
 """How a stage holds its models: the teacher's precision and weights, attention, kernels, DeepSpeed, optimizers."""
 
+import dataclasses
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen3Config
 
+from switchkd.cli.main import main
 from switchkd.training.arguments import training_arguments
 from switchkd.training.distillation import Distillation
 from switchkd.training.recipe import Recipe, RecipeError
 from switchkd.training.stage_models import stage_distillation, stage_student
 from switchkd.training.trainer import DistillationTrainer
-from switchkd.training.vlm import load_vlm
+from switchkd.training.vlm import load_vlm, train_only
 
 IMAGE = "<image>"
 
@@ -178,6 +182,124 @@ def test_deepspeed_is_for_processes_of_a_launcher(
         make_module(recipe)
     with pytest.raises(RecipeError, match="zero4: no such recipe file"):
         training_arguments(make_recipe(tiny_checkpoint, deepspeed="zero4").stages[0], tmp_path, 0)
+
+
+@pytest.fixture(scope="module")
+def with_qwen3(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint's files with CLIP and with Qwen3, whose attention has norms too; a head of its own."""
+    folder = tmp_path_factory.mktemp("qwen3")
+    vlm = load_vlm(tiny_checkpoint)
+    plain = vlm.model.config.to_dict()
+    vision: dict[str, Any] = {name: plain["vision_config"][name] for name in ("image_size", "patch_size")}
+    vision |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    text = Qwen3Config(**{name: plain["text_config"][name] for name in names}, num_key_value_heads=2, head_dim=8)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=text,
+        image_token_index=plain["image_token_index"],
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
+    return folder
+
+
+LAYERS = {  # of a kind of layer: what has a matrix, and so decays
+    "siglip": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"),
+    "qwen": (
+        *(f"self_attn.{name}_proj" for name in "qkvo"),
+        *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+    ),
+}
+TOWER, TEXT = "student.model.vision_tower", "student.model.language_model"
+DECAYING = {
+    f"{TOWER}.embeddings.patch_embedding.weight",
+    f"{TOWER}.embeddings.position_embedding.weight",
+    *(f"{TOWER}.encoder.layers.{i}.{name}.weight" for i in (0, 1) for name in LAYERS["siglip"]),
+    "student.model.multi_modal_projector.linear_1.weight",
+    "student.model.multi_modal_projector.linear_2.weight",
+    f"{TEXT}.embed_tokens.weight",
+    *(f"{TEXT}.layers.{i}.{name}.weight" for i in (0, 1) for name in LAYERS["qwen"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "objective", "decaying"),
+    [
+        ("tiny_checkpoint", "align_kd", DECAYING | {"adapters.heads.weight", "adapters.tokens.weight"}),
+        ("with_qwen3", "sft", DECAYING | {f"{TOWER}.embeddings.class_embedding", "student.lm_head.weight"}),
+        ("ldpv2_checkpoint", "sft", DECAYING | {"student.model.multi_modal_projector.peg.weight"}),
+    ],
+)
+def test_weight_decay_shrinks_matrices_and_leaves_out_biases_and_norms(
+    checkpoint: str, objective: str, decaying: set[str], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """As LLaVA has it. A step whose gradient is zero moves a weight by its decay alone: by 1 − 0.5 · 0.1."""
+    folder: Path = request.getfixturevalue(checkpoint)
+    training = {"weight_decay": 0.1, "learning_rate": 0.5, "use_cpu": True, "report_to": "none"}
+    recipe = make_recipe(folder, **training)
+    stage = dataclasses.replace(recipe.stages[0], objective={"name": objective})
+    student = stage_student(recipe, stage, None)
+    train_only(student.model, stage.train)
+    module = stage_distillation(recipe, stage, student)
+    arguments = training_arguments(stage, tmp_path, 0)
+    optimizer = DistillationTrainer(module, student, "dft", tmp_path, args=arguments).create_optimizer()
+    learning = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in learning.items()}
+    for parameter in learning.values():
+        parameter.data += 1.0  # so that what is zero at first can be seen to shrink
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moved = {name: p.detach() / (before[name] + 1) for name, p in learning.items()}
+    assert {name for name, factor in moved.items() if not torch.equal(factor, torch.ones_like(factor))} == decaying
+    for name in decaying:
+        torch.testing.assert_close(moved[name], torch.full_like(moved[name], 0.95))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"processor_config.json": {'      0.5\n    ],\n    "image_p': '      0.4\n    ],\n    "image_p'}},
+            "pictures are prepared with mean (0.5, 0.5, 0.5) for the student and (0.5, 0.5, 0.4) for the teacher",
+        ),
+        (
+            {"processor_config.json": {'"resample": 3': '"resample": 2'}},
+            "pictures are prepared with resample 3 for the student and 2 for the teacher",
+        ),
+        (
+            {"tokenizer.json": {'"(":': '"swap":', '"+":': '"(":', '"swap":': '"+":'}},
+            "the tokenizers differ: from token",
+        ),
+        (
+            {name: {"<|im_start|>": "<|begins|>"} for name in ("tokenizer.json", "tokenizer_config.json")},
+            "the tokenizers' special tokens differ: {'<|im_start|>': 1} only in the student's, {'<|begins|>': 1} only",
+        ),
+    ],
+)
+def test_a_teacher_that_reads_or_sees_otherwise_is_refused_before_training(
+    tiny_checkpoint: Path,
+    one_stage_recipe: Callable[..., Path],
+    tmp_path: Path,
+    changes: dict[str, dict[str, str]],
+    reason: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_checkpoint, teacher)
+    for name, others in changes.items():
+        text = (teacher / name).read_text()
+        for old, new in others.items():
+            assert old in text
+            text = text.replace(old, new)
+        (teacher / name).write_text(text)
+    recipe = one_stage_recipe(tmp_path / "r.yaml", tiny_checkpoint)
+    assert main(["train", str(recipe), f"teacher={teacher}"]) == 2
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert f"error: stage dft: student and teacher do not fit: {reason}" in said
+    assert not list((tmp_path / "out").glob("*dft*"))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_8bit"])

@@ -25,6 +25,7 @@ from switchkd.training.progress import training_rows
 from switchkd.training.stage_models import stage_student
 from switchkd.training.stopping import EXIT_STOPPED
 from switchkd.training.trainer import DistillationTrainer
+from switchkd.training.vlm import Vlm
 
 STEPS, ACCUMULATION = 12, 3
 STOPS = 10  # of each sampler
@@ -206,6 +207,43 @@ def test_not_a_number_ends_the_run_before_the_update(
     weights.write_bytes(healthy)
     assert run(recipe) == 0
     assert same_weights(tmp_path / "out/dft", tmp_path / "straight")
+
+
+def test_a_gradient_that_is_not_a_number_never_reaches_the_weights(
+    forgetful: Path,
+    one_stage_recipe: Recipe,
+    tmp_path: Path,
+    at_micro_batch: AtMicroBatch,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A loss that is finite, and behind it a slope that is not, in the first micro-batch of step 5."""
+    students: list[Vlm] = []
+    before: dict[str, torch.Tensor] = {}
+
+    def keep(*arguments: Any) -> Any:
+        students.append(stage_student(*arguments))
+        return students[-1]
+
+    def spoil() -> None:
+        before.update({name: value.clone() for name, value in students[0].model.state_dict().items()})
+        weight = dict(students[0].model.named_parameters())["model.multi_modal_projector.linear_1.weight"]
+
+        def once(gradient: torch.Tensor) -> torch.Tensor:
+            hook.remove()
+            return gradient * float("nan")
+
+        hook = weight.register_hook(once)
+
+    monkeypatch.setattr("switchkd.training.stages.stage_student", keep)
+    at_micro_batch(4 * ACCUMULATION, spoil)
+    assert run(one_stage_recipe(tmp_path / "r.yaml", forgetful)) == 2
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"error: step 5: the norm of the gradient is nan, by the parameters .*linear_1\.weight", said), (
+        said
+    )
+    after = students[0].model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in after)
 
 
 def test_a_gradient_that_is_not_a_number_is_found_with_its_parameter() -> None:
