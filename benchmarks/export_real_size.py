@@ -103,7 +103,7 @@ def make_checkpoint(shape: str, tiny: bool, path: Path) -> None:
             size={"height": side, "width": side}, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3
         )
     pictures.save_pretrained(path)
-    make_processor(path, tokenizer, config).save_pretrained(path)
+    make_processor(pictures, tokenizer, config).save_pretrained(path)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from .bundle import CacheShape, ModelFacts
 from .fused_decoder import ROTARY_TYPES
 from .generation_settings import GenerationError, GenerationSettings, not_obeyed
 from .graphs import ExportError, quiet
+from .lfs_pointers import pointer_fault
 from .pixels import PictureError, Preprocessing, complete
 from .projectors import ProjectorError, check_projector, llava_class, projector_type
 from .prompt import PromptError, TokenizerError, default_template, read_tokenizer, special_tokens
@@ -111,6 +112,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Load a LlavaForConditionalGeneration folder from disk alone; raises ExportError naming file, reason, remedy."""
     if not path.is_dir():
         raise ExportError(f"{path}: no such checkpoint folder; give a folder written by `save_pretrained`")
+    if fault := pointer_fault(path):
+        raise ExportError(fault)
     _check_architecture(path)
     config = _read_config(path)
     _check_weights(path)

@@ -4,6 +4,7 @@ Shapes in names: B batch, C channels, H height, W width, N visual tokens, D hidd
 tokens, K key-value heads, E size of a head, V vocabulary.
 """
 
+import inspect
 import logging
 import warnings
 from abc import abstractmethod
@@ -42,6 +43,8 @@ from .parts import name_by_part
 
 OPSET = 20  # the newest that browsers' and phones' ONNX Runtime all know
 TASK = "image-text-to-text"
+# What a model's forward calls its cache: transformers 5.24 has renamed it, and warns of the former name.
+CACHE = "cache" if "cache" in inspect.signature(LlavaForConditionalGeneration.forward).parameters else "past_key_values"
 
 
 class ExportError(ValueError):
@@ -212,8 +215,8 @@ class DecoderModule(nn.Module):
             inputs_embeds=inputs_embeds_BTD,
             attention_mask=mask_B1TS,
             position_ids=position_ids_BT,
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
         layers: list[Any] = cache.layers
         present_BKSE = [(layer.keys, layer.values) for layer in layers]

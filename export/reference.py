@@ -7,8 +7,9 @@ V vocabulary.
 from collections.abc import Iterable, Sequence
 
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import DynamicCache, LlavaForConditionalGeneration
 
+from .graphs import CACHE
 from .verification import Array, Greedy
 
 
@@ -48,13 +49,13 @@ class TorchReference:
         rows: list[torch.Tensor] = []
         ids_1T = torch.tensor([list(ids)])
         pixels = None if pixels_PCHW is None else torch.from_numpy(pixels_PCHW)
-        cache = None
+        cache = DynamicCache()  # grows in place
         while True:
             output = self.model(
-                input_ids=ids_1T, pixel_values=pixels, past_key_values=cache, use_cache=True, logits_to_keep=1
+                input_ids=ids_1T, pixel_values=pixels, use_cache=True, logits_to_keep=1, **{CACHE: cache}
             )
             rows.append(output.logits[0, -1])
             tokens.append(int(rows[-1].argmax()))
             if tokens[-1] in self.eos_token_ids or len(tokens) == max_new_tokens:
                 return Greedy(tokens, torch.stack(rows).numpy())
-            ids_1T, pixels, cache = torch.tensor([tokens[-1:]]), None, output.past_key_values
+            ids_1T, pixels = torch.tensor([tokens[-1:]]), None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 from switchkd.export.prompt import PromptError, render_chat
 
 PROBE = "seven small boats"
+SHOWN = 40  # characters around the place where two prompts part
 # In front of a template that reads text alone: parts become text, a picture the image token on a line of its own.
 _PARTS_TO_TEXT = (
     "{%- set said = namespace(messages=[], text='') %}"
@@ -32,6 +34,24 @@ def reading_parts(template: str, special_tokens: Mapping[str, str], image_token:
         return template
     led = _PARTS_TO_TEXT.replace("IMAGE_TOKEN", image_token) + template
     return led if _reads_parts(led, special_tokens) else template
+
+
+def difference(ours: str, theirs: str, special_tokens: Mapping[str, str]) -> tuple[str, str] | None:
+    """Where two templates first write a conversation of two questions otherwise: a piece of each text; None if nowhere.
+
+    A template that refuses it writes nothing.
+    """
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROBE}]}
+    answer, more = ({"role": role, "content": [{"type": "text", "text": PROBE}]} for role in ("assistant", "user"))
+    messages, texts = [question, answer, more], ["", ""]
+    for i, template in enumerate((ours, theirs)):
+        with suppress(PromptError):
+            texts[i] = render_chat(template, messages, add_generation_prompt=True, special_tokens=special_tokens)
+    if texts[0] == texts[1]:
+        return None
+    start = next((at for at, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    one, other = (text[max(0, start - SHOWN // 2) :][:SHOWN] for text in texts)
+    return one, other
 
 
 def _reads_parts(template: str, special_tokens: Mapping[str, str]) -> bool:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
+    AutoImageProcessor,
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -64,20 +65,20 @@ def picture_processor(
     try:
         if not Path(source).is_dir():  # asked for by its name once, where AutoImageProcessor tries several
             source = str(Path(hf_hub_download(source, "preprocessor_config.json")).parent)
-        processor = make_processor(source, tokenizer, config)
+        pictures = AutoImageProcessor.from_pretrained(source, backend="pil")
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{source}: its image processor cannot be loaded ({str(error).splitlines()[0]}); give the folder of the "
             f"vision encoder with its preprocessor_config.json: {option} FOLDER"
         ) from None
     side = config.vision_config.image_size
-    size = Preprocessing.from_config(processor.image_processor.to_dict()).output_size
+    size = Preprocessing.from_config(pictures.to_dict()).output_size
     if size != (side, side):
         raise ModelError(
             f"{source}: prepares pictures as {size}, the vision encoder takes ({side}, {side}); give the folder of the "
             f"encoder that it was trained from: {option} FOLDER"
         )
-    return processor
+    return make_processor(pictures, tokenizer, config)
 
 
 def folder_with(name: str, *folders: Path) -> str | None:

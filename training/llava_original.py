@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlavaConfig, PreTrainedTokenizerBase
 
+from switchkd.export.lfs_pointers import pointer_fault
 from switchkd.export.out_folder import making
 from switchkd.export.projectors import tokens_per_picture
 from switchkd.export.weights import is_llavas_own
@@ -104,6 +105,8 @@ def import_llava(
 
 
 def _import(checkpoint: Path, folder: Path, sources: Sources, prompt: str | None) -> Imported:
+    if fault := pointer_fault(checkpoint):
+        raise ModelError(fault)
     published = _config(checkpoint)
     named = published.get("mm_vision_tower")
     source = source_of(sources.encoder, named, "vision encoder's config", "--vision-tower")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 from transformers.integrations.liger import apply_liger_kernel
 
 from .arguments import deepspeed_config, zero_stage
+from .chat_templates import difference
 from .distillation import Distillation
 from .objectives import Objective, build_objective
 from .recipe import Recipe, RecipeError, StageRecipe, TeacherRecipe
 from .switch import check_tokenizers
+from .terminal import say
 from .vlm import Vlm, build_vlm, load_vlm
 
 
@@ -55,8 +58,13 @@ def stage_objective(stage: StageRecipe) -> Objective:
     return build_objective(**stage.objective)
 
 
-def stage_distillation(recipe: Recipe, stage: StageRecipe, student: Vlm) -> Distillation:
-    """Student, objective and, if it asks for one, the recipe's teacher; checked to fit. Raises RecipeError."""
+def stage_distillation(
+    recipe: Recipe, stage: StageRecipe, student: Vlm, announce: Callable[[str], None] = say
+) -> Distillation:
+    """Student, objective and, if it asks for one, the recipe's teacher; checked to fit. Raises RecipeError.
+
+    Announced is a teacher that was taught another prompt: it is given the student's.
+    """
     objective = stage_objective(stage)
     _choose_kernels(student.model, stage)
     if not objective.needs_teacher:
@@ -68,9 +76,24 @@ def stage_distillation(recipe: Recipe, stage: StageRecipe, student: Vlm) -> Dist
     try:
         check_tokenizers(student.tokenizer, teacher.tokenizer)
         _check_pixels(student, teacher)
-        return Distillation(student.model, teacher.model, objective)
+        module = Distillation(student.model, teacher.model, objective)
     except ValueError as error:
         raise RecipeError(f"stage {stage.name}: student and teacher do not fit: {error}") from None
+    _compare_prompts(student, teacher, lambda said: announce(f"{stage.name}: {said}"))
+    return module
+
+
+def _compare_prompts(student: Vlm, teacher: Vlm, announce: Callable[[str], None]) -> None:
+    ours, theirs = (vlm.processor.chat_template for vlm in (student, teacher))
+    if not (isinstance(ours, str) and isinstance(theirs, str)):
+        return  # a folder without one is refused where conversations are encoded
+    found = difference(ours, theirs, student.tokenizer.special_tokens_map)
+    if found is not None:
+        announce(
+            f"the teacher has another prompt than the student, whose prompt it is given: the student's reads "
+            f"{found[0]!r} where the teacher's reads {found[1]!r}. It may answer worse than it can; to train with the "
+            "teacher's, put its chat_template.jinja into the folder that the student starts from"
+        )
 
 
 def load_teacher(teacher: TeacherRecipe, stage: StageRecipe) -> Vlm:

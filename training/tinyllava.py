@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlavaConfig, PreTrainedTokenizerBase
 
+from switchkd.export.lfs_pointers import pointer_fault
 from switchkd.export.out_folder import making
 from switchkd.export.projectors import tokens_per_picture
 
@@ -91,6 +92,8 @@ def import_tinyllava(
 
 
 def _import(checkpoint: Path, folder: Path, sources: Sources, prompt: str | None) -> Imported:
+    if fault := pointer_fault(checkpoint, *(checkpoint / part for part in PARTS)):
+        raise ModelError(fault)
     published = _config(checkpoint)
     vision = _vision_config(checkpoint, published, sources)
     text = _text_config(checkpoint, published, sources)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from switchkd.export.lfs_pointers import pointer_fault
 from switchkd.export.pixels import Preprocessing
 from switchkd.export.projectors import (
     GRID,
@@ -43,8 +46,8 @@ from .conversations import ConversationEncoder
 IMAGE_TOKEN = "<image>"
 ENCODERS = ("siglip_vision_model", "clip_vision_model")  # a SigLIP 2 of fixed resolution is a siglip_vision_model
 PARTS = ("encoder", "projector", "language_model")
+PICTURE_SETTINGS = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_POINTER, _POINTER_BYTES = b"version https://git-lfs", 1024  # how a file begins that Git LFS has not fetched
 
 
 class ModelError(ValueError):
@@ -98,11 +101,9 @@ def load_vlm(source: str | Path, *, dtype: torch.dtype | None = None, **loading:
         kind = llava_class(config)
     except ProjectorError as error:
         raise ModelError(f"{source}: {error}") from None
+    with _reading(source):
+        processor = LlavaProcessor.from_pretrained(source, backend="pil")  # before the weights, which take longer
     model = _load(kind, source, config=config, dtype=dtype or torch.float32, use_safetensors=True, **loading)
-    try:
-        processor = LlavaProcessor.from_pretrained(source, backend="pil")
-    except (OSError, ValueError) as error:
-        raise _not_loaded(source, error) from None
     model.config.image_seq_length = tokens_per_picture(model.config)
     complete_processor(processor, model.config)
     return Vlm(model, processor)
@@ -110,22 +111,33 @@ def load_vlm(source: str | Path, *, dtype: torch.dtype | None = None, **loading:
 
 def _load(kind: Any, source: str | Path, *, encoder: bool = False, **loading: Any) -> Any:
     """A model of a class from a folder or hub id, all of its weights read and none made up. Raises ModelError."""
-    try:
+    with _reading(source):
         model, info = kind.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **loading
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _not_loaded(source, error) from None
     if reason := misfit(info, encoder=encoder):
         raise ModelError(f"{source}: {reason}")
     return model
 
 
-def _not_loaded(source: str | Path, error: Exception) -> ModelError:
-    for file in sorted(Path(source).glob("*.*")) if Path(source).is_dir() else ():
-        if file.is_file() and file.stat().st_size < _POINTER_BYTES and file.read_bytes().startswith(_POINTER):
-            return ModelError(f"{file}: holds no data but a pointer of Git LFS; fetch it with `git lfs pull`")
-    return ModelError(f"{source}: cannot be loaded: {' '.join(str(error).split())[:300]}")
+@contextmanager
+def _reading(source: str | Path) -> Iterator[None]:
+    """Raise ModelError, in one line with the way out, for what goes wrong while a folder or a hub id is read."""
+    if fault := pointer_fault(Path(source)):
+        raise ModelError(fault)
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _cannot_load(source, error) from None
+
+
+def _cannot_load(source: str | Path, error: Exception) -> ModelError:
+    way_out = "fetch or save it again"
+    if not Path(source).is_dir():
+        way_out = "check its name, or give the folder of a copy where this machine has no way to the hub"
+    return ModelError(f"{source}: cannot be loaded: {str(error).splitlines()[0].rstrip('.')}; {way_out}")
 
 
 def complete_processor(processor: LlavaProcessor, config: LlavaConfig) -> None:
@@ -168,7 +180,9 @@ def build_vlm(
         check_projector(LlavaConfig(**sight))  # before the larger model is loaded
     except ProjectorError as error:
         raise ModelError(f"{encoder}: {error}") from None
-    tokenizer, pictures = load_tokenizer(language_model), _image_processor(encoder)
+    pictures = _image_processor(encoder)
+    read_config(language_model)
+    tokenizer = load_tokenizer(language_model)
     causal = _load(AutoModelForCausalLM, language_model, dtype=dtype or torch.float32)
     if len(tokenizer) > causal.config.vocab_size:
         causal.resize_token_embeddings(len(tokenizer))
@@ -188,7 +202,7 @@ def build_vlm(
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
-    return Vlm(model, _processor(pictures, tokenizer, config))
+    return Vlm(model, make_processor(pictures, tokenizer, config))
 
 
 def visual_settings(
@@ -279,7 +293,7 @@ def read_config(source: str | Path) -> Any:
             "tinyllava` turns a TinyLLaVA Factory checkpoint into a standard folder"
         ) from None
     except OSError as error:
-        raise ModelError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise _cannot_load(source, error) from None
     if config is None:
         raise ModelError(f"{source}: {IMPORT_LLAVA.format(source)}")
     if config.model_type == "llava":
@@ -319,11 +333,9 @@ def load_tokenizer(language_model: str | Path) -> PreTrainedTokenizerBase:
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         # transformers would make an empty one.
         raise ModelError(f"{language_model}: no tokenizer there; put tokenizer.json and tokenizer_config.json into it")
-    try:
+    with _reading(language_model):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(language_model)
         template = default_template(tokenizer.chat_template)
-    except (OSError, ValueError) as error:
-        raise _not_loaded(language_model, error) from None
     if template is None:
         raise ModelError(f"{language_model}: its tokenizer has no chat template; use an instruct model")
     forget_cuts(tokenizer)
@@ -364,27 +376,21 @@ def _image_token_settings(config: LlavaConfig) -> dict[str, Any]:
     }
 
 
-def make_processor(encoder: str | Path, tokenizer: PreTrainedTokenizerBase, config: LlavaConfig) -> LlavaProcessor:
-    """The processor of a model put together: the encoder's picture settings, the tokenizer and its chat template.
-
-    Raises ModelError where the encoder comes without picture settings.
-    """
-    return _processor(_image_processor(encoder), tokenizer, config)
-
-
 def _image_processor(encoder: str | Path) -> Any:
-    try:
-        # The PIL processors need no torchvision and are what the exported preprocessing is compared with.
-        return AutoImageProcessor.from_pretrained(encoder, backend="pil", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+    """How an encoder's pictures are prepared."""
+    folder = Path(encoder)
+    if folder.is_dir() and not any((folder / name).is_file() for name in PICTURE_SETTINGS):
         raise ModelError(
-            f"{encoder}: its image processor cannot be loaded ({reason}); put the encoder's preprocessor_config.json "
-            "into its folder"
-        ) from None
+            f"{encoder}: no {PICTURE_SETTINGS[0]} there, which says how its pictures are prepared; copy it from where "
+            "the encoder is from"
+        )
+    with _reading(encoder):
+        # The PIL processors need no torchvision and are what the exported preprocessing is compared with.
+        return AutoImageProcessor.from_pretrained(encoder, backend="pil")
 
 
-def _processor(pictures: Any, tokenizer: PreTrainedTokenizerBase, config: LlavaConfig) -> LlavaProcessor:
+def make_processor(pictures: Any, tokenizer: PreTrainedTokenizerBase, config: LlavaConfig) -> LlavaProcessor:
+    """The processor of a model put together: the encoder's image processor, the tokenizer and its chat template."""
     return LlavaProcessor(
         image_processor=pictures,
         tokenizer=tokenizer,

@@ -43,6 +43,7 @@ TORCH_AND_KIN = ("torch", "transformers", "accelerate", "deepspeed", "onnx", "on
 OPEN_DOORS: dict[str, tuple[str, ...]] = {
     "training": (
         "switchkd.export.control_tokens",  # a text is spelled in training as it is when the bundle answers
+        "switchkd.export.lfs_pointers",
         "switchkd.export.out_folder",
         "switchkd.export.pixels",
         "switchkd.export.projectors",
