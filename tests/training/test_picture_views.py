@@ -29,7 +29,7 @@ def outputs(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tenso
     model.set_attn_implementation("eager")
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     result = model(**inputs, output_attentions=True)
-    tokens_PLD = result.image_hidden_states.view(len(batch["pixel_values"]), TOKENS, -1)
+    tokens_PLD = torch.stack(list(model.get_image_features(batch["pixel_values"]).pooler_output))
     return result.logits, tokens_PLD, result.attentions[0]
 
 

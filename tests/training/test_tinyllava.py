@@ -1,6 +1,7 @@
 """TinyLLaVA Factory's two layouts, written here by its description: imported tensor for tensor, logits compared."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -359,3 +360,34 @@ def test_weights_that_do_not_fit_or_hold_more_than_tensors_are_refused(
         torch.save(damaged, folder / "pytorch_model.bin")
         assert main(["import", "tinyllava", str(folder), str(folder / "out"), "--encoder", str(encoder)]) == 2
         assert reason in capsys.readouterr().err, name
+
+
+def test_an_import_goes_into_the_empty_folder_that_one_stands_in(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, here = write_encoder_folder(tmp_path / "encoder"), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert main(["import", "tinyllava", str(published), ".", "--encoder", str(encoder)]) == 0
+    assert load_vlm(here).tokenizer.chat_template is not None
+    assert Path.cwd() == here
+    assert not [path for path in here.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [("file", "cannot be written (Not a directory)"), ("file/below", "cannot be written"), (".", "not empty")],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_weights_are_read(
+    out: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    assert main(["import", "tinyllava", str(tmp_path / "no checkpoint"), out]) == 2
+    assert re.fullmatch(
+        rf"switchkd: error: {re.escape(out)}: .*{re.escape(reason)}.*give another folder.*", said(capsys)
+    )
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err.strip().splitlines()[-1]
