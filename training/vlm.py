@@ -134,10 +134,10 @@ def _reading(source: str | Path) -> Iterator[None]:
 
 
 def _cannot_load(source: str | Path, error: Exception) -> ModelError:
-    way_out = "fetch or save it again"
+    way_out = "" if isinstance(error, ValueError) else "; fetch or save it again"
     if not Path(source).is_dir():
-        way_out = "check its name, or give the folder of a copy where this machine has no way to the hub"
-    return ModelError(f"{source}: cannot be loaded: {str(error).splitlines()[0].rstrip('.')}; {way_out}")
+        way_out = "; check its name, or give the folder of a copy where this machine has no way to the hub"
+    return ModelError(f"{source}: cannot be loaded: {str(error).splitlines()[0].rstrip('.')}{way_out}")
 
 
 def complete_processor(processor: LlavaProcessor, config: LlavaConfig) -> None:
