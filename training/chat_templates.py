@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
 from switchkd.export.prompt import PromptError, render_chat
 
@@ -41,9 +42,10 @@ def difference(ours: str, theirs: str, special_tokens: Mapping[str, str]) -> tup
 
     A template that refuses it writes nothing.
     """
-    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROBE}]}
-    answer, more = ({"role": role, "content": [{"type": "text", "text": PROBE}]} for role in ("assistant", "user"))
-    messages, texts = [question, answer, more], ["", ""]
+    said = [{"type": "text", "text": PROBE}]
+    messages: list[dict[str, Any]] = [{"role": role, "content": said} for role in ("user", "assistant", "user")]
+    messages[0]["content"] = [{"type": "image"}, *said]
+    texts = ["", ""]
     for i, template in enumerate((ours, theirs)):
         with suppress(PromptError):
             texts[i] = render_chat(template, messages, add_generation_prompt=True, special_tokens=special_tokens)

@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaModel, LlavaForConditionalGeneration, Qwen2Model
@@ -16,7 +17,7 @@ NEW = 12
 
 def test_greedy_answers_are_those_of_generate(tiny_checkpoint: Path) -> None:
     """And come without a warning of a name that the installed transformers has given up."""
-    model = open_checkpoint(tiny_checkpoint).model
+    model: Any = open_checkpoint(tiny_checkpoint).model
     ids = [1, *[model.config.image_token_id] * 16, 20, 30, 40]
     pixels = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings():
