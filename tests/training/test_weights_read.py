@@ -95,19 +95,10 @@ def test_a_head_that_nobody_reads_is_not_made_up(parts: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("part", "reason"), [("encoder", "encoder/model.safetensors"), ("language_model", "language_model/tokenizer.json")]
-)
-def test_pointers_of_git_lfs_are_no_weights(parts: Path, part: str, reason: str) -> None:
-    (parts / reason).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(ModelError, match=f"{reason}: holds no data but a pointer of Git LFS; fetch it with `git lfs"):
-        build_vlm(parts / "encoder", parts / "language_model")
-
-
 def test_a_part_without_its_settings_is_refused_before_the_language_model_is_read(parts: Path) -> None:
     (parts / "language_model" / "model.safetensors").unlink()
     (parts / "encoder" / "preprocessor_config.json").rename(parts / "settings.json")
-    with pytest.raises(ModelError, match=r"encoder: its image processor cannot be loaded .*preprocessor_config\.json"):
+    with pytest.raises(ModelError, match=r"encoder: no preprocessor_config\.json there"):
         build_vlm(parts / "encoder", parts / "language_model")
     (parts / "settings.json").rename(parts / "encoder" / "preprocessor_config.json")
     for file in (parts / "language_model").glob("*token*"):
