@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +10,21 @@ from typing import Any, Self
 
 import yaml
 
-from .model_card import STAGE_FILE
-from .recipe import Recipe, RecipeError, build, build_on, check_keys, fill_root, find_recipe, merge, override, read_yaml
-from .stages import fingerprints
+from .recipe import (
+    Recipe,
+    RecipeError,
+    build,
+    build_on,
+    check_keys,
+    fill_root,
+    find_recipe,
+    merge,
+    override,
+    read_yaml,
+    root_of,
+)
+from .stage_identity import fingerprints
+from .stages import check_kept
 from .world.dataset import WorldSettings
 
 
@@ -77,8 +88,9 @@ class Matrix:
         """Build and check a matrix; `changes` are overrides for the arms' recipes. Raises RecipeError."""
         known = [item.name for item in dataclasses.fields(cls)]
         check_keys(given, [*known, "recipe"], "matrix")
-        values = fill_root(given, str(given.get("root", ".")))
-        shared = {"root": given.get("root", ".")} | (values.pop("recipe", None) or {})
+        root = root_of(given, "matrix")
+        values = fill_root(given, root) | {"root": root}
+        shared = {"root": root} | (values.pop("recipe", None) or {})
         arms = [_resolve(arm, index, shared) for index, arm in enumerate(values.get("arms") or [])]
         _change([arm["recipe"] for arm in arms if arm.get("recipe") is not None], changes or [])
         values["arms"] = tuple(_arm(arm) for arm in arms)
@@ -105,16 +117,14 @@ class Matrix:
 
     def check_finished(self) -> None:
         """Refuse to write over finished stages that another recipe made, maybe in days. Raises RecipeError."""
-        for arm, _, folder, fingerprint in self._stages():
+        for arm, seed in self.runs():
+            recipe = arm.run(seed)
             try:
-                found = json.loads((folder / STAGE_FILE).read_text())["fingerprint"]
-            except FileNotFoundError:
-                continue
-            if found != fingerprint:
-                raise RecipeError(
-                    f"arm {arm.name}: {folder} is finished, by a recipe other than this one (it is beside the model); "
-                    "move it away, or choose another folder: root=FOLDER for a toy matrix, recipe.output=FOLDER"
-                )
+                if recipe is not None:
+                    check_kept(recipe)
+            except RecipeError as error:
+                hint = "for a matrix that is root=FOLDER, or recipe.output=FOLDER"
+                raise RecipeError(f"arm {arm.name}: {error} ({hint})") from None
 
     def to_yaml(self) -> str:
         """The matrix with every arm's recipe resolved, as YAML; it can be read again."""

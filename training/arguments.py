@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 from collections.abc import Iterator
@@ -14,12 +15,11 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
-    is_tensorboard_available,
-    is_wandb_available,
+    get_available_reporting_integrations,
 )
 
 from .recipe import RecipeError, StageRecipe, check_keys, find_recipe
@@ -56,8 +56,11 @@ def plain_arguments(training: dict[str, Any], work: Path) -> TrainingArguments:
             "DeepSpeed; leave use_cpu out: without a GPU, DeepSpeed takes the CPU (DS_ACCELERATOR=cpu says so)"
         )
     arguments = TrainingArguments(**(shared | given | _without_gpu(given)))
+    # A process without a launcher takes one GPU, whatever else is there: the batch of a step is reckoned that way.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     load_whole_models()
     _check_reports(list(arguments.report_to or []))
+    _check_optimizer(arguments)
     return arguments
 
 
@@ -143,9 +146,37 @@ def _check_reports(names: list[str]) -> None:
     """Raise ValueError where a run could not report, before models are loaded."""
     for name in names:
         check_keys({name: None}, list(INTEGRATION_TO_CALLBACK), "report_to")
-        missing = {"tensorboard": not is_tensorboard_available(), "wandb": not is_wandb_available()}
-        if missing.get(name):
+        if name not in get_available_reporting_integrations():
             raise ValueError(
                 f"report_to names {name}, which is not installed; pip install {name}, or report_to: none (log.jsonl is "
                 "always written)"
             )
+
+
+def _check_optimizer(arguments: TrainingArguments) -> None:
+    """Build optimizer and schedule over one number. Raises ValueError, before models are loaded."""
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        if arguments.optim_args:
+            plain = copy.copy(arguments)
+            plain.optim_args = None
+            if settings == Trainer.get_optimizer_cls_and_kwargs(plain)[1]:
+                raise ValueError("it takes no optim_args; leave them out")
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+            kind([nn.Parameter(torch.zeros(1, device=arguments.device))], **settings)
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"optim {arguments.optim.value}: {error}") from None
+    steps = arguments.max_steps if arguments.max_steps > 0 else 1_000_000
+    try:
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate),
+            num_warmup_steps=arguments.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_type {arguments.lr_scheduler_type.value} with lr_scheduler_kwargs "
+            f"{arguments.lr_scheduler_kwargs}: {error}"
+        ) from None

@@ -157,7 +157,7 @@ def stage_facts(
 
 def publishable(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain values without places of this machine: below `root` as `{root}/…`, elsewhere names alone."""
-    plain: dict[str, Any] = _publishable(recipe.to_dict(), recipe.root)
+    plain: dict[str, Any] = without_places(recipe.to_dict(), recipe.root)
     return plain | {"root": "." if _tells_place(recipe.root) else recipe.root}
 
 
@@ -347,15 +347,16 @@ def _parameters(model: dict[str, Any]) -> int:
 def _source(recipe: Recipe, name: str) -> dict[str, Any]:
     """A model's name, and whether it is a hub id; what was loaded and is no folder here came from the hub."""
     hub = not Path(name).exists()
-    text = name if hub else str(_publishable(name, recipe.root)).removeprefix("{root}/")
+    text = name if hub else str(without_places(name, recipe.root)).removeprefix("{root}/")
     return {"name": text, "hub": hub}
 
 
-def _publishable(value: Any, root: str) -> Any:
+def without_places(value: Any, root: str) -> Any:
+    """Values without places of this machine: what is below `root` as `{root}/…`, of other paths the name alone."""
     if isinstance(value, dict):
-        return {key: "" if str(key).endswith("_token") else _publishable(item, root) for key, item in value.items()}
+        return {key: "" if str(key).endswith("_token") else without_places(item, root) for key, item in value.items()}
     if isinstance(value, list):
-        return [_publishable(item, root) for item in value]
+        return [without_places(item, root) for item in value]
     if not isinstance(value, str):
         return value
     below = Path(value).relative_to(root) if root != "." and Path(value).is_relative_to(root) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import difflib
@@ -10,35 +9,26 @@ import os
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
 
 from switchkd.export.projectors import GRID, LDPV2, MLP, PROJECTORS
 
-from .objectives import build_objective
+from .objectives import OBJECTIVES, build_objective
+from .trainer_keys import ACCUMULATION as ACCUMULATION
+from .trainer_keys import MICRO_BATCH, check_training
+from .values import RecipeError as RecipeError
+from .values import check_keys as check_keys
+from .values import expanded, takes_null, typed_fields
 from .vlm import PARTS
 
-ACCUMULATION = "gradient_accumulation_steps"
 DTYPES = ("bfloat16", "float16", "float32")
 QUANTIZATIONS = ("8bit", "4bit")
 CHECKS = ("full", "headers")  # of the pictures, before training
 DATA_CHECK = "data-check"  # beside the stages' folders: what was found in the data
 LOGS = "logs"  # beside the stages' folders: what TensorBoard reads
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run; the message names the key, the value, the reason and the remedy."""
-
-
-def check_keys(given: dict[str, Any], known: list[str], where: str) -> None:
-    """Refuse unknown keys with the nearest known one."""
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
-            raise RecipeError(f"{where}: unknown key {key!r}; {hint}")
 
 
 @dataclass(frozen=True)
@@ -60,6 +50,7 @@ class ModelRecipe:
     attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
+        _expand(self, "model", "checkpoint", "encoder", "language_model")
         pair = self.encoder is not None and self.language_model is not None
         if (self.checkpoint is not None) == pair:
             raise RecipeError(
@@ -97,6 +88,7 @@ class TeacherRecipe:
     attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
+        _expand(self, "teacher", "checkpoint")
         for name, known in (("dtype", DTYPES), ("quantization", QUANTIZATIONS)):
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -138,8 +130,9 @@ class DataRecipe:
     follow_links: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.records, str):
-            object.__setattr__(self, "records", [self.records])
+        records = [self.records] if isinstance(self.records, str) else self.records
+        object.__setattr__(self, "records", [expanded(path, "data: records") for path in records])
+        _expand(self, "data", "pictures")
         if self.check not in CHECKS:
             raise RecipeError(f"data: check is {self.check!r}, expected {' or '.join(CHECKS)}")
         if not 0 <= self.max_broken <= 1:
@@ -174,13 +167,29 @@ class StageRecipe:
             raise RecipeError(f"stage {self.name}: objective has no name; give for example name: switch_kd")
         if os.sep in self.name or self.name in ("", ".", "..", LOGS, DATA_CHECK):
             raise RecipeError(f"stage name {self.name!r} cannot be a folder name")
-        check_keys(self.training, list(TrainingArguments.__dataclass_fields__), f"stage {self.name}: training")
-        try:
-            build_objective(**self.objective)
-        except (TypeError, ValueError) as error:
-            raise RecipeError(f"stage {self.name}: objective: {error}") from None
+        object.__setattr__(self, "training", self._training())
+        object.__setattr__(self, "objective", self._objective())
         if self.global_batch is not None:
             self._check_global_batch(self.global_batch)
+
+    def _training(self) -> dict[str, Any]:
+        training = check_training(self.training, f"stage {self.name}: training")
+        if isinstance(training.get("deepspeed"), str):
+            training["deepspeed"] = expanded(training["deepspeed"], f"stage {self.name}: training: deepspeed")
+        return training
+
+    def _objective(self) -> dict[str, Any]:
+        """The objective's settings, each as its field takes it."""
+        given, where = self.objective, f"stage {self.name}: objective"
+        kind = OBJECTIVES.get(str(given["name"]))
+        known = getattr(kind, "__dataclass_fields__", {})
+        if kind is not None:
+            given = given | typed_fields(kind, {key: value for key, value in given.items() if key in known}, where)
+        try:
+            build_objective(**given)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"{where}: {error}") from None
+        return given
 
     def _check_global_batch(self, size: int) -> None:
         if not isinstance(size, int) or size < 1:
@@ -198,7 +207,7 @@ class StageRecipe:
         """
         if self.global_batch is None:
             return self.training
-        device = int(self.training.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size))
+        device = int(self.training.get(MICRO_BATCH, TrainingArguments.per_device_train_batch_size))
         accumulation, left = divmod(self.global_batch, device * processes)
         if left or not accumulation:
             raise RecipeError(
@@ -224,6 +233,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _expand(self, "recipe", "output", "root")
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) != len(names):
             raise RecipeError(f"stages are {names}; give at least one, each with a name of its own")
@@ -236,7 +246,8 @@ class Recipe:
     def from_dict(cls, given: dict[str, Any]) -> Self:
         """Build and check a recipe; unknown keys are refused with the nearest known one. Raises RecipeError."""
         check_keys(given, _fields(cls), "recipe")
-        values = fill_root(given, str(given.get("root", ".")))
+        root = root_of(given, "recipe")
+        values = fill_root(given, root) | {"root": root}
         values["model"] = build(ModelRecipe, values.get("model"), "model")
         values["teacher"] = TeacherRecipe.from_plain(values.get("teacher"))
         values["stages"] = tuple(_stage(stage, index) for index, stage in enumerate(values.get("stages") or []))
@@ -272,9 +283,24 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     A stage's keys are reached by its name: `stages.pt.training.learning_rate=1e-3`. Raises RecipeError.
     """
     given = build_on(read_yaml(find_recipe(source)))
+    for key, what in _NO_RECIPE.items():
+        if key in given:
+            raise RecipeError(f"{source} is no recipe but {what.format(source)}")
     for text in overrides or []:
         override(given, text)
+    if given.get("output") is None:
+        raise RecipeError(
+            f"{source} says no output, so it is no run by itself; give output=FOLDER, or build a recipe on it "
+            f"(base: {source})"
+        )
     return Recipe.from_dict(given)
+
+
+# What else is YAML here, by a key that tells it.
+_NO_RECIPE = {
+    "arms": "a matrix of them; `switchkd ablate {}` runs it",
+    "zero_optimization": "a configuration of DeepSpeed; a stage's training names it, as in deepspeed: zero2",
+}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -363,7 +389,7 @@ def _start(name: Any, known: dict[Any, Any]) -> Any:
 
 def find_recipe(source: str | Path) -> Path:
     """A recipe's path: the file itself, or the shipped recipe of that name. Raises RecipeError listing those."""
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
         return path
     shipped = Path(str(resources.files("switchkd.recipes")))
@@ -371,6 +397,10 @@ def find_recipe(source: str | Path) -> Path:
     if (shipped / name).is_file():
         return shipped / name
     names = sorted(str(found.relative_to(shipped)).removesuffix(".yaml") for found in shipped.rglob("*.yaml"))
+    # Matrices and DeepSpeed's configurations are files of other kinds, of use only where one of them was asked for.
+    kind = name.partition("/")[0]
+    asked = (kind,) if kind in ("ablation", "deepspeed") else ("paper", "world")
+    names = [found for found in names if found.partition("/")[0] in asked]
     raise RecipeError(f"{source}: no such recipe file, and none of the shipped ones: {', '.join(names)}")
 
 
@@ -380,9 +410,6 @@ def override(given: dict[str, Any], change: str) -> None:
     if not equals or not key:
         raise RecipeError(f"override {change!r} is not key=value, such as stages.pt.training.max_steps=10")
     value = yaml.safe_load(text)
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)  # YAML 1.1 reads 1e-3 as text
     place: Any = given
     *path, last = key.split(".")
     for step in path:
@@ -410,6 +437,12 @@ def _stage(given: Any, index: int) -> StageRecipe:
     return stage
 
 
+def root_of(given: dict[str, Any], where: str) -> str:
+    """What takes the place of `{root}`; a lone `~` is null in YAML, and no folder. Raises RecipeError."""
+    root = given.get("root")
+    return "." if root is None else expanded(str(root), f"{where}: root")
+
+
 def fill_root(value: Any, root: str) -> Any:
     """The same values, `root` in the place of every `{root}` in a text."""
     if isinstance(value, dict):
@@ -428,13 +461,23 @@ def build(kind: Any, given: Any, where: str) -> Any:
     if not isinstance(given, dict):
         raise RecipeError(f"{where}: expected keys and values ({', '.join(_fields(kind))}), got {given!r}")
     check_keys(given, _fields(kind), where)
-    missing = [
+    needed = {
         item.name
         for item in dataclasses.fields(kind)
-        if item.name not in given
-        and item.default is dataclasses.MISSING
-        and item.default_factory is dataclasses.MISSING
-    ]
+        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+    }
+    hints = get_type_hints(kind)
+    # null takes a value away that the recipe's base has.
+    given = {key: value for key, value in given.items() if value is not None or key in needed or takes_null(hints[key])}
+    missing = [item for item in _fields(kind) if item in needed and item not in given]
     if missing:
         raise RecipeError(f"{where}: missing {', '.join(missing)}")
-    return kind(**given)
+    return kind(**typed_fields(kind, given, where))
+
+
+def _expand(recipe: Any, where: str, *names: str) -> None:
+    """Expand the paths that these fields of a frozen dataclass hold, once for all who read them."""
+    for name in names:
+        value = getattr(recipe, name)
+        if isinstance(value, str):
+            object.__setattr__(recipe, name, expanded(value, f"{where}: {name}"))

@@ -5,7 +5,6 @@ A stage is resumed where it was stopped, and is saved as a standard checkpoint f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -15,18 +14,20 @@ from typing import Any
 
 import yaml
 from accelerate.utils import broadcast_object_list
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .arguments import training_arguments
 from .checkpoints import MAKE_ROOM, newest, room_for, sync, sync_tree, write_atomically, writing
 from .conversations import collator
 from .model_card import RECIPE_FILE, STAGE_FILE, publishable, stage_facts, write_card
 from .progress import LOG_NAME, read_log
-from .recipe import DATA_CHECK, LOGS, Recipe, StageRecipe
-from .stage_data import LostSamples, stage_dataset
-from .stage_models import stage_distillation, stage_objective, stage_student
+from .recipe import DATA_CHECK, LOGS, Recipe, RecipeError, StageRecipe
+from .stage_data import LostSamples, on_one_rank, stage_dataset
+from .stage_identity import differences, held, identity, stage_contents
+from .stage_models import stage_distillation, stage_student
 from .stopping import Stopped, StopRequest
-from .trainer import ADAPTERS_NAME, DistillationTrainer
+from .trainer import ADAPTERS_NAME, DistillationTrainer, step_batch
 from .vlm import train_only
 
 
@@ -44,20 +45,23 @@ def run_recipe(recipe: Recipe, *, announce: Callable[[str], None] = lambda _: No
     """Run every stage that is not finished yet; finished ones are reused if made by the same recipe.
 
     Raises RecipeError, ModelError or DataError where the recipe cannot be run, NonFiniteError or CheckpointError where
-    it cannot go on, and Stopped after SIGTERM or Ctrl-C, with the step in progress saved.
+    it cannot go on, and Stopped after SIGTERM or Ctrl-C, with the step in progress saved. What another recipe has made
+    is never removed: RecipeError names what differs, before any work.
     """
     output = Path(recipe.output)
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output, "choose another output"):
+        output.mkdir(parents=True, exist_ok=True)
     results: list[StageResult] = []
     with StopRequest() as stop:
-        for stage, history in zip(recipe.stages, fingerprints(recipe), strict=True):
+        check_kept(recipe, announce)
+        for stage in recipe.stages:
             folder = output / stage.name
-            seconds = _finished(folder, history)
+            seconds = _finished(folder)
             reused = seconds is not None
             if seconds is None:
                 announce(f"{stage.name}: {stage.objective['name']}, training {', '.join(stage.train)}")
                 before = results[-1].folder if results else None
-                seconds = run_stage(recipe, stage, before, folder, history, stop=stop, announce=announce)
+                seconds = run_stage(recipe, stage, before, folder, stop=stop, announce=announce)
                 stop.check()  # a request in the stage's last step has waited for the stage
             shutil.rmtree(_work(folder), ignore_errors=True)
             results.append(StageResult(stage.name, folder, seconds, reused))
@@ -67,24 +71,45 @@ def run_recipe(recipe: Recipe, *, announce: Callable[[str], None] = lambda _: No
 def finished_stages(recipe: Recipe) -> list[StageResult]:
     """What run_recipe would find finished, from the first stage on."""
     results: list[StageResult] = []
-    for stage, history in zip(recipe.stages, fingerprints(recipe), strict=True):
+    for stage in recipe.stages:
         folder = Path(recipe.output) / stage.name
-        seconds = _finished(folder, history)
-        if seconds is None:
+        seconds = _finished(folder)
+        if seconds is None or _of_another(recipe, stage, folder, lambda _: None):
             break
         results.append(StageResult(stage.name, folder, seconds, reused=True))
     return results
 
 
-def fingerprints(recipe: Recipe) -> list[str]:
-    """What makes each stage's model what it is, as a hash: start, seed, and every stage up to its own."""
-    plain = recipe.to_dict()
-    histories = [_digest([plain["model"], recipe.seed])]
-    for stage, values in zip(recipe.stages, plain["stages"], strict=True):
-        # The teacher counts only where it teaches: arms that differ later share their first stages.
-        teacher = plain["teacher"] if stage_objective(stage).needs_teacher else None
-        histories.append(_digest([histories[-1], values, teacher]))
-    return histories[1:]
+def check_kept(recipe: Recipe, announce: Callable[[str], None] = lambda _: None) -> None:
+    """Refuse to touch finished or begun stages that another recipe, or other files, have made. Raises RecipeError."""
+    found = []
+    for stage in recipe.stages:
+        folder = Path(recipe.output) / stage.name
+        # What is left of the checkpoints of a finished stage is of no use any more.
+        kept = folder if folder.exists() else _work(folder)
+        found += [f"{kept} {reason}" for reason in _of_another(recipe, stage, kept, announce)]
+    if found:
+        raise RecipeError(
+            f"{'; '.join(found)}. Nothing was touched: put the old values back, choose another folder (output=FOLDER), "
+            "or remove what is to be trained anew yourself"
+        )
+
+
+def _of_another(recipe: Recipe, stage: StageRecipe, kept: Path, announce: Callable[[str], None]) -> list[str]:
+    """What forbids to take the folder for this stage's, finished or begun; nothing where there is none."""
+    facts = _read(kept / STAGE_FILE)
+    begun = kept == _work(kept.with_name(stage.name))
+    if not facts:
+        alien = (begun and any(kept.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))) or (not begun and kept.exists())
+        return [f"is there and no stage of switchkd's ({STAGE_FILE} is missing or damaged)"] if alien else []
+    reasons = differences(facts, recipe, stage, announce)
+    if begun:
+        now, was = held(stage), facts.get("held", {})
+        reasons += [f"{key} was {was[key]} and is {now.get(key)}" for key in was if was[key] != now.get(key)]
+    elif "values" not in facts and not reasons:
+        announce(f"{kept} is of an older version, which kept nothing to tell whether data and models are the same")
+    state = "is begun" if begun else "is finished"
+    return [f"{state}, and not by this recipe: {', '.join(reasons)}"] if reasons else []
 
 
 def run_stage(
@@ -92,7 +117,6 @@ def run_stage(
     stage: StageRecipe,
     before: Path | None,
     folder: Path,
-    fingerprint: str,
     *,
     stop: StopRequest,
     announce: Callable[[str], None],
@@ -100,11 +124,13 @@ def run_stage(
     """Train one stage and save its model under `folder`; returns the seconds it took, all attempts together."""
     work = _work(folder)
     arguments = training_arguments(stage, work, recipe.seed)  # first: this meets the other ranks and takes the device
+    kept = on_one_rank(lambda: identity(recipe, stage, stage_contents(recipe, stage, announce)))
     set_seed(recipe.seed)
     student = stage_student(recipe, stage, before)
     train_only(student.model, stage.train)
     module = stage_distillation(recipe, stage, student)
     dataset = stage_dataset(stage, *student.inputs(stage.data.max_length), folder.parent / DATA_CHECK, announce)
+    _check_whole_steps(stage, arguments, len(dataset))
     trainer = DistillationTrainer(
         module,
         student,
@@ -117,7 +143,7 @@ def run_stage(
         stop=stop,
         announce=announce,
     )
-    checkpoint = _open(trainer, work, fingerprint, announce)
+    checkpoint = _open(trainer, work, kept | {"held": held(stage)}, announce)
     with stop.held(), room_for(folder):
         trainer.train(resume_from_checkpoint=checkpoint)
         step, last = trainer.state.global_step, trainer.state.max_steps
@@ -126,21 +152,27 @@ def run_stage(
         seconds = _seconds(work)
         with writing(folder, MAKE_ROOM):
             facts = stage_facts(recipe, stage, module, trainer.args, len(dataset)) | dataset.left_out()
-            kept = {"fingerprint": fingerprint, "seconds": seconds, "steps": step, "facts": facts}
-            _save(trainer, recipe, folder, kept)
+            _save(trainer, recipe, folder, {"seconds": seconds, "steps": step, "facts": facts} | kept)
     return seconds
 
 
-def _open(trainer: DistillationTrainer, work: Path, fingerprint: str, announce: Callable[[str], None]) -> str | None:
-    """The checkpoint to go on from, found by one rank for all; what another recipe left in `work` goes."""
+def _check_whole_steps(stage: StageRecipe, arguments: TrainingArguments, records: int) -> None:
+    if arguments.dataloader_drop_last and records < step_batch(arguments):
+        raise RecipeError(
+            f"stage {stage.name}: dataloader_drop_last is true, and {records} records are fewer than the "
+            f"{step_batch(arguments)} of a step, so that no step is left; leave it out, or choose a smaller batch"
+        )
+
+
+def _open(
+    trainer: DistillationTrainer, work: Path, kept: dict[str, Any], announce: Callable[[str], None]
+) -> str | None:
+    """The checkpoint to go on from, found by one rank for all; what is `kept` of the stage is written beside it."""
     found: list[str | None] = [None]
     if trainer.is_world_process_zero():
-        if _read(work / STAGE_FILE).get("fingerprint") != fingerprint:
-            if (work / STAGE_FILE).exists():
-                announce(f"{work} is of another recipe than this one; the stage starts anew")
-            shutil.rmtree(work, ignore_errors=True)
+        if "values" not in _read(work / STAGE_FILE):
             work.mkdir(parents=True, exist_ok=True)
-            write_atomically(work / STAGE_FILE, json.dumps({"fingerprint": fingerprint}))
+            write_atomically(work / STAGE_FILE, json.dumps(kept, indent=1) + "\n")
         checkpoint = newest(work, announce)
         found = [str(checkpoint) if checkpoint is not None else None]
     return broadcast_object_list(found)[0]  # type: ignore[no-any-return]
@@ -178,9 +210,10 @@ def _finish(trainer: DistillationTrainer, recipe: Recipe, partial: Path, stage: 
     sync_tree(partial)
 
 
-def _finished(folder: Path, fingerprint: str) -> float | None:
+def _finished(folder: Path) -> float | None:
+    """The seconds that a finished stage took, None where there is none."""
     stage = _read(folder / STAGE_FILE)
-    return float(stage["seconds"]) if stage.get("fingerprint") == fingerprint else None
+    return float(stage["seconds"]) if stage else None
 
 
 def _seconds(work: Path) -> float:
@@ -195,11 +228,9 @@ def _seconds(work: Path) -> float:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """What is kept beside a stage; nothing where there is no such file, or a damaged one."""
     try:
-        return json.loads(path.read_text())  # type: ignore[no-any-return]
-    except FileNotFoundError:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return kept if isinstance(kept, dict) and "fingerprint" in kept else {}

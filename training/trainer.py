@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
@@ -86,6 +87,19 @@ class DistillationTrainer(Trainer):
             return
         super()._run_epoch(*arguments, **settings)
 
+    def _init_training_state(self, max_steps: int, *arguments: Any) -> Any:
+        """The Trainer's, but how often is logged and saved is what the recipe says now, and not what it said once."""
+        warns = logging.getLogger("transformers.trainer_utils")  # of another micro-batch, which changes no step
+        level = warns.level
+        warns.setLevel(logging.ERROR)
+        try:
+            place = super()._init_training_state(max_steps, *arguments)
+        finally:
+            warns.setLevel(level)
+        self.state.compute_steps(self.args, max_steps)
+        self.state.train_batch_size = self._train_batch_size
+        return place
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -134,10 +148,17 @@ class DistillationTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The Trainer's sampler; lengths come from the dataset, which knows them without decoding pictures."""
         dataset = train_dataset if train_dataset is not None else self.train_dataset
-        if self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, ConversationDataset):
-            size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            return LengthGroupedSampler(dataset.lengths(), size, self.args.seed)
-        return super()._get_train_sampler(train_dataset)
+        if not isinstance(dataset, ConversationDataset):
+            return super()._get_train_sampler(train_dataset)
+        # Whole steps, and not whole micro-batches: so an epoch does not depend on how a step is put together.
+        size, drop = step_batch(self.args), self.args.dataloader_drop_last
+        count = len(dataset) - len(dataset) % size if drop else len(dataset)
+        if self.args.train_sampling_strategy == "group_by_length":
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return LengthGroupedSampler(dataset.lengths(), size, seed, drop)
+        if self.args.train_sampling_strategy == "sequential":
+            return SequentialSampler(range(count))
+        return RandomSampler(dataset, num_samples=count)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of a step; the time spent waiting for them is measured."""
@@ -226,6 +247,11 @@ class DistillationTrainer(Trainer):
         self._vlm.model.load_state_dict(saved.state_dict())
         if self._adapters:
             self._adapters.load_state_dict(load_file(Path(resume_from_checkpoint) / ADAPTERS_NAME))
+
+
+def step_batch(args: TrainingArguments) -> int:
+    """Samples of an optimizer step over all processes."""
+    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 class StopAtStepEnd(TrainerCallback):

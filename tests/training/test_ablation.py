@@ -19,7 +19,7 @@ from switchkd.training.ablation import Matrix, load_matrix
 from switchkd.training.ablation_report import collect, report_text, write_report
 from switchkd.training.arguments import training_arguments
 from switchkd.training.recipe import RecipeError, load_recipe
-from switchkd.training.stages import fingerprints
+from switchkd.training.stage_identity import fingerprints
 from switchkd.training.vlm import build_vlm
 from switchkd.training.world.bases import stored_parts
 
@@ -121,7 +121,7 @@ def test_another_recipe_does_not_write_over_what_is_finished(
     root, _ = finished
     stamps = weights(root)
     assert main(toy(root, "recipe.stages.pt.training.learning_rate=0.5")) == 2
-    assert "pt is finished, by a recipe other than this one" in capsys.readouterr().err
+    assert "pt is finished, and not by this recipe: stages.pt.training.learning_rate was 0.002 and is 0.5" in capsys.readouterr().err
     assert weights(root) == stamps
 
 

@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..arguments import plain_arguments
 from ..progress import StageProgress
-from ..recipe import Recipe, find_recipe, load_recipe
+from ..recipe import Recipe, load_recipe
 from ..stages import run_recipe
 from ..vlm import Vlm, load_vlm
 from .encoder_pretraining import RegionDataset, RegionTextModel, encoder_config, region_phrases, write_image_processor
@@ -93,7 +93,7 @@ def _pretrain_encoder(
     announce("encoder: region-text contrast")
     set_seed(0)
     model = RegionTextModel(SiglipVisionModel(encoder_config()), tokenizer)
-    settings = yaml.safe_load(find_recipe("world/encoder").read_text(encoding="utf-8"))
+    settings = yaml.safe_load((Path(__file__).parent / "encoder_pretraining.yaml").read_text(encoding="utf-8"))
     work = folder / ".encoder.checkpoints"
     training = settings["training"] | ({} if max_steps is None else {"max_steps": max_steps})
     trainer = Trainer(model=model, args=plain_arguments(training, work), train_dataset=RegionDataset(folder / "world"))
