@@ -53,6 +53,8 @@ def typed(value: Any, kind: Any, where: str) -> Any:
     options = [option for option in _options(kind) if option is not type(None)]
     if (value is None and takes_null(kind)) or any(dataclasses.is_dataclass(option) for option in options):
         return value
+    if isinstance(value, (int, float)) and any((typing.get_origin(option) or option) is dict for option in options):
+        options = [option for option in options if option is not str]  # the text is JSON there, and a number is none
     names = [option for option in options if _is_names(option)]
     if names:
         return _name(value, [str(name) for option in names for name in _names(option)], where)

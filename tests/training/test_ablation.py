@@ -121,7 +121,10 @@ def test_another_recipe_does_not_write_over_what_is_finished(
     root, _ = finished
     stamps = weights(root)
     assert main(toy(root, "recipe.stages.pt.training.learning_rate=0.5")) == 2
-    assert "pt is finished, and not by this recipe: stages.pt.training.learning_rate was 0.002 and is 0.5" in capsys.readouterr().err
+    assert (
+        "pt is finished, and not by this recipe: stages.pt.training.learning_rate was 0.002 and is 0.5"
+        in capsys.readouterr().err
+    )
     assert weights(root) == stamps
 
 

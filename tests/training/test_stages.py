@@ -107,7 +107,7 @@ def test_log_has_every_term_of_the_objective(trained: Path) -> None:
         assert row["k_teacher"] >= 3
 
 
-def test_finished_stages_are_reused_and_changed_ones_are_not(
+def test_finished_stages_are_reused_and_those_of_another_recipe_are_left_alone(
     trained: Path, tiny_checkpoint: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(trained / "out", tmp_path / "out")
@@ -115,8 +115,13 @@ def test_finished_stages_are_reused_and_changed_ones_are_not(
     recipe = write_recipe(tmp_path / "r.yaml", tiny_checkpoint, world, tmp_path / "out")
     assert main(["train", str(recipe)]) == 0
     assert capsys.readouterr().err.count("already finished") == 2
-    assert main(["train", str(recipe), "stages.dft.training.learning_rate=0.002"]) == 0
-    assert capsys.readouterr().err.count("already finished") == 1
+    before = (tmp_path / "out/dft/stage.json").read_bytes()
+    assert main(["train", str(recipe), "stages.dft.training.learning_rate=0.002"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "out/dft is finished, and not by this recipe: stages.dft.training.learning_rate was 0.001 and is 0.002" in said
+    )
+    assert (tmp_path / "out/dft/stage.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("objective", ["switch_kd", "align_kd"])  # the second trains adapters of its own

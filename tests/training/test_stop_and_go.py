@@ -192,6 +192,9 @@ def test_not_a_number_ends_the_run_before_the_update(
         tensors[name][0, 0] = float("inf")  # <|endoftext|>, which only pads: in no input that counts, in every logit
         weights.unlink()
         save_file(tensors, weights, metadata={"format": "pt"})
+        # As if it had been so from the beginning: else the run would not go on with another teacher.
+        kept = tmp_path / "out/.dft.checkpoints/stage.json"
+        kept.write_text(json.dumps(json.loads(kept.read_text()) | {"contents": {}}))
 
     # The student comes from the checkpoint of step 6; the teacher alone is damaged.
     at_micro_batch(13, kill_self(signal.SIGTERM))
