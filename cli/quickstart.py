@@ -141,12 +141,16 @@ def _parts(plan: Plan, clock: Clock) -> None:
 
 
 def _train(plan: Plan, arm: str, seed: int, clock: Clock) -> None:
-    from switchkd.training.recipe import load_recipe
-    from switchkd.training.stages import run_recipe
+    from switchkd.training.recipe import RecipeError, load_recipe
+    from switchkd.training.stages import check_kept, run_recipe
 
     recipe = load_recipe(f"world/{arm}", [f"root={plan.out}", f"output={plan.folder(seed)}", f"seed={seed}"])
     if plan.steps is not None:
         recipe = recipe.with_max_steps(plan.steps)
+    try:
+        check_kept(recipe)
+    except RecipeError as error:
+        raise QuickstartError(f"{error}; --out FOLDER begins a quickstart in another folder") from None
     for result in run_recipe(recipe, announce=announce):
         clock.record(result.name if seed == 0 else f"{result.name} (seed {seed})", result.seconds)
 

@@ -266,4 +266,5 @@ def _steps(stage: StageRecipe, batch: int, samples: int | None) -> tuple[int | N
     if samples is None:
         return None, None
     seen = samples * float(stage.training.get("num_train_epochs", 3))
-    return math.ceil(seen / batch), seen
+    steps = seen // batch if stage.training.get("dataloader_drop_last") else math.ceil(seen / batch)
+    return int(steps), seen
