@@ -15,12 +15,13 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
 from torch import nn
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
+from transformers.training_args import OptimizerNames
 
 from .recipe import RecipeError, StageRecipe, check_keys, find_recipe
 
@@ -165,7 +166,8 @@ def _check_optimizer(arguments: TrainingArguments) -> None:
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
             kind([nn.Parameter(torch.zeros(1, device=arguments.device))], **settings)
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"optim {arguments.optim.value}: {error}") from None
+        raise ValueError(f"optim {OptimizerNames(arguments.optim).value}: {error}") from None
+    given: Any = arguments.lr_scheduler_kwargs
     steps = arguments.max_steps if arguments.max_steps > 0 else 1_000_000
     try:
         get_scheduler(
@@ -173,10 +175,8 @@ def _check_optimizer(arguments: TrainingArguments) -> None:
             torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate),
             num_warmup_steps=arguments.get_warmup_steps(steps),
             num_training_steps=steps,
-            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=given,
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"lr_scheduler_type {arguments.lr_scheduler_type.value} with lr_scheduler_kwargs "
-            f"{arguments.lr_scheduler_kwargs}: {error}"
-        ) from None
+        name = SchedulerType(arguments.lr_scheduler_type).value
+        raise ValueError(f"lr_scheduler_type {name} with lr_scheduler_kwargs {given}: {error}") from None

@@ -40,8 +40,10 @@ Contents = dict[str, list[dict[str, Any]]]
 # Fields of a recipe's parts that do not count: the kernels of a model, and how many broken records are let pass.
 _NEUTRAL = {ModelRecipe: {"attn_implementation"}, TeacherRecipe: {"attn_implementation"}, DataRecipe: {"max_broken"}}
 # A model is its weights, and what turns text and pictures into its input.
-_OF_A_MODEL = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja")
-_OF_A_MODEL += ("preprocessor_config.json", "processor_config.json")
+_OF_A_MODEL = (
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"),
+    *("preprocessor_config.json", "processor_config.json"),
+)
 
 
 def stage_values(recipe: Recipe, last: StageRecipe) -> Values:
@@ -229,7 +231,7 @@ def _training(given: dict[str, Any]) -> Values:
 def _defaults(recipe: Recipe, last: StageRecipe) -> Values:
     """What each key of `stage_values` is where nothing is said; keys without a default are left out."""
     parts: dict[str, Any] = {"model": recipe.model, "teacher": recipe.teacher}
-    defaults = {}
+    defaults: Values = {}
     for stage in recipe.stages[: recipe.stages.index(last) + 1]:
         key = f"stages.{stage.name}"
         parts |= {f"{key}.data": stage.data, f"{key}.objective": build_objective(stage.objective["name"])}
@@ -272,8 +274,10 @@ def _digest(value: Any) -> str:
 
 
 # Keys of `data` when the fingerprint was all that was kept.
-_OLD_DATA = ("records", "pictures", "max_length", "check", "max_broken", "max_pixels")
-_OLD_DATA += ("min_side", "max_aspect", "follow_links")
+_OLD_DATA = (
+    *("records", "pictures", "max_length", "check", "max_broken", "max_pixels"),
+    *("min_side", "max_aspect", "follow_links"),
+)
 
 
 def _old_fingerprint(recipe: Recipe, last: StageRecipe) -> str:

@@ -200,7 +200,7 @@ def test_a_published_recipe_keeps_names_and_no_places_and_no_secrets() -> None:
                 "train": ["encoder"],
                 "objective": {"name": "sft"},
                 "data": {"records": ["{root}/a.json", "~/b.json", "/data/llava2/c.json"]},
-                "training": {"deepspeed": "/etc/ds.json", "hub_token": "hf_secret"},
+                "training": {"deepspeed": {"offload_path": "/scratch/ada", "a_token": "hf_secret"}},
             }
         ],
     }
@@ -209,4 +209,4 @@ def test_a_published_recipe_keeps_names_and_no_places_and_no_secrets() -> None:
     assert plain["model"]["encoder"] == "google/siglip"
     assert plain["model"]["language_model"] == "qwen"
     assert plain["stages"][0]["data"]["records"] == ["{root}/a.json", "b.json", "c.json"]
-    assert plain["stages"][0]["training"] == {"deepspeed": "ds.json", "hub_token": ""}
+    assert plain["stages"][0]["training"] == {"deepspeed": {"offload_path": "ada", "a_token": ""}}

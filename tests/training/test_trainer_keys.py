@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from switchkd.cli.main import main
 from switchkd.training.arguments import training_arguments
-from switchkd.training.objectives import SwitchKd
+from switchkd.training.objectives.switch_kd import SwitchKd
 from switchkd.training.recipe import Recipe, RecipeError, load_recipe
 from switchkd.training.stage_models import stage_objective
 from switchkd.training.trainer_keys import OURS, REFUSED, WORKING, check_training
