@@ -80,13 +80,17 @@ def finished_stages(recipe: Recipe) -> list[StageResult]:
     return results
 
 
+def _holds_something(folder: Path) -> bool:
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+
+
 def check_kept(recipe: Recipe, announce: Callable[[str], None] = lambda _: None) -> None:
     """Refuse to touch finished or begun stages that another recipe, or other files, have made. Raises RecipeError."""
     found = []
     for stage in recipe.stages:
         folder = Path(recipe.output) / stage.name
         # What is left of the checkpoints of a finished stage is of no use any more.
-        kept = folder if folder.exists() else _work(folder)
+        kept = folder if _holds_something(folder) else _work(folder)
         found += [f"{kept} {reason}" for reason in _of_another(recipe, stage, kept, announce)]
     if found:
         raise RecipeError(
@@ -100,13 +104,13 @@ def _of_another(recipe: Recipe, stage: StageRecipe, kept: Path, announce: Callab
     facts = _read(kept / STAGE_FILE)
     begun = kept == _work(kept.with_name(stage.name))
     if not facts:
-        alien = (begun and any(kept.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))) or (not begun and kept.exists())
+        alien = any(kept.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) if begun else _holds_something(kept)
         return [f"is there and no stage of switchkd's ({STAGE_FILE} is missing or damaged)"] if alien else []
     reasons = differences(facts, recipe, stage, announce)
     if begun:
         now, was = held(stage), facts.get("held", {})
         reasons += [f"{key} was {was[key]} and is {now.get(key)}" for key in was if was[key] != now.get(key)]
-    elif "values" not in facts and not reasons:
+    if "values" not in facts and not reasons:
         announce(f"{kept} is of an older version, which kept nothing to tell whether data and models are the same")
     state = "is begun" if begun else "is finished"
     return [f"{state}, and not by this recipe: {', '.join(reasons)}"] if reasons else []

@@ -164,6 +164,19 @@ def test_the_old_fingerprint_is_the_one_that_was_kept() -> None:
     ]
 
 
+def test_an_empty_folder_of_that_name_is_nobodys(root: Path) -> None:
+    recipe = load_recipe(root / "r.yaml", [f"root={root}", f"output={root}/other"])
+    (root / "other/dft").mkdir(parents=True)
+    check_kept(recipe)
+    shutil.copytree(root / "out/dft", root / "other/.dft.checkpoints")
+    check_kept(recipe)
+    with pytest.raises(
+        RecipeError, match=r"other/.dft.checkpoints is begun, and not by this recipe: seed was 0 and is 9"
+    ):
+        check_kept(load_recipe(root / "r.yaml", [f"root={root}", f"output={root}/other", "seed=9"]))
+    shutil.rmtree(root / "other")
+
+
 @pytest.mark.parametrize("kept", [None, "{", '{"seconds": 3}'])
 def test_a_folder_that_is_no_stage_is_left_alone(kept: str | None, copied: Path, capsys: Any) -> None:
     stage = copied / "out/dft"
