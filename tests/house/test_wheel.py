@@ -47,7 +47,7 @@ def shipped_files() -> list[Path]:
     """Return the files that must reach a user: every module, every recipe, every stored model."""
     rooms = ("cli", "demo", "export", "recipes", "serve", "training")
     code = [path for room in rooms for path in (ROOT / room).rglob("*.py")]
-    recipes = list((ROOT / "recipes").rglob("*.yaml"))
+    recipes = [*(ROOT / "recipes").rglob("*.yaml"), *(ROOT / "training/world").glob("*.yaml")]
     pretrained = [path for path in (ROOT / "training/world/pretrained").rglob("*") if path.is_file()]
     return [path for path in code + recipes + pretrained if not any(part.startswith(".") for part in path.parts[-2:])]
 
