@@ -50,7 +50,7 @@ COMMANDS = (
     Command(
         "data",
         "switchkd.training.data_command",
-        "check a training set before a GPU is paid for, convert other formats, download the public ones",
+        "check a training set before a GPU is paid for, convert others to it, download the public ones",
         "train",
         "train",
     ),
@@ -71,7 +71,7 @@ COMMANDS = (
     Command(
         "import",
         "switchkd.training.import_command",
-        "turn a published TinyLLaVA Factory checkpoint into the standard folder",
+        "turn a checkpoint of TinyLLaVA Factory or LLaVA's own into the standard folder",
         "train",
         "train",
     ),

@@ -105,6 +105,8 @@ def _bundle(folder: Path, precision: str, records: Records, pictures: Path) -> d
 def _report(
     measured: dict[str, dict[str, Any]], records: Records, arms: Sequence[str], seeds: int, seconds: dict[str, float]
 ) -> dict[str, Any]:
+    from switchkd.export.speed import this_machine
+
     scores = {name: score(result["answers"], records) for name, result in measured.items()}
     report: dict[str, Any] = {
         "accuracy": {name: value.accuracy for name, value in scores.items() if "-seed" not in name},
@@ -117,6 +119,7 @@ def _report(
         "bytes": {name: result["bytes"] for name, result in measured.items()},
         "milliseconds_per_answer": {name: result["milliseconds"] for name, result in measured.items()},
         "seconds": seconds,
+        "machine": this_machine(),
     }
     if seeds > 1:
         report["seeds"] = {arm: _spread(arm, scores, seeds) for arm in arms}

@@ -75,7 +75,10 @@ def _standard_error(report: dict[str, Any]) -> float:
 
 def _times(report: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report["seconds"].items())
-    return textwrap.fill(f"Time: {parts}; {sum(report['seconds'].values()) / 60:.1f} minutes in all.", WIDTH)
+    machine = report["machine"]
+    where = f"{machine['processors']} logical processors of {machine['processor']}"
+    text = f"Time, on {where}: {parts}; {sum(report['seconds'].values()) / 60:.1f} minutes in all."
+    return textwrap.fill(text, WIDTH)
 
 
 def _percent(value: float) -> str:
