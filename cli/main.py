@@ -50,7 +50,7 @@ COMMANDS = (
     Command(
         "data",
         "switchkd.training.data_command",
-        "check a training set before a GPU is paid for, convert others to it, download the public ones",
+        "check a training set before a GPU is paid for, convert other ones, download",
         "train",
         "train",
     ),
