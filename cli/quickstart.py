@@ -17,6 +17,7 @@ from switchkd.training.world.dataset import WorldSettings
 ARMS = ("student_sft", "student_switch_kd")
 SHORT_WORLD = {"train_pictures": 256, "test_questions": 140, "validation_questions": 70}
 SHORT_STEPS = 8
+SHORT_PAIRS = 20  # on which greedy answers are compared
 
 
 class QuickstartError(ValueError):
@@ -160,6 +161,7 @@ def _export(plan: Plan, clock: Clock) -> None:
     from switchkd.export.bundle import INT7, sha256
     from switchkd.export.manifest import FORMAT_VERSION
     from switchkd.export.mixing import MixOptions
+    from switchkd.export.parity import PAIRS
 
     bundle, marker = plan.out / "bundle", plan.out / "bundle.source.json"
     weights = sha256(plan.out / "student_switch_kd" / "model.safetensors")
@@ -177,6 +179,7 @@ def _export(plan: Plan, clock: Clock) -> None:
             bundle,
             precisions=("fp32", "int8"),
             mix=calibration,
+            pairs=PAIRS if plan.steps is None else SHORT_PAIRS,
             examples=examples,
         )
 

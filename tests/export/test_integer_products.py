@@ -22,17 +22,28 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from switchkd.cli.main import main
 from switchkd.export import integer_products
-from switchkd.export.assembly import export_checkpoint
-from switchkd.export.bundle import GRAPHS, INT7, INT8, MANIFEST, UINT8, WEIGHTS, Bundle, BundleError, sha256
+from switchkd.export.bundle import (
+    DECODER,
+    EMBED_TOKENS,
+    GRAPHS,
+    INT7,
+    INT8,
+    MANIFEST,
+    UINT8,
+    VISION_ENCODER,
+    WEIGHTS,
+    Bundle,
+    BundleError,
+    sha256,
+)
 from switchkd.export.integer_products import ASK_FOR_EXACT, known_factors, make_exact, products_are_exact
-from switchkd.export.mixing import MixOptions
 from switchkd.export.onnx_graph import OnnxGraph, Storage
-from switchkd.export.precisions import parse_parts
-from switchkd.export.weight_only import quantize
+from switchkd.export.parts import EMBEDDINGS, PARTS
+from switchkd.export.precisions import PRECISIONS, change_parts
+from switchkd.export.weight_only import integer_weights, quantize
 from switchkd.serve import Engine
 
 Integers = npt.NDArray[np.integer]
-INT8_PRECISIONS = ("int8", "q8")
 
 
 def saturating_product(activations_MK: Integers, weights_KN: Integers) -> Integers:
@@ -138,46 +149,45 @@ def test_a_processor_that_stays_wrong_is_refused(processor: None) -> None:
 # --- what is in the files ---
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint in every precision that multiplies integers, smoothed ones among them."""
-    path = tmp_path_factory.mktemp("integers") / "bundle"
-    parts = parse_parts("vision_encoder=int8_smooth,projector=int8,decoder=int8_smooth,lm_head=int8")
-    precisions = ["fp32", "int8", "uint8", "mixed"]
-    export_checkpoint(tiny_checkpoint, path, precisions=precisions, mix=MixOptions(parts=parts), pairs=6)
-    return path
+def quantised(path: Path, name: str, form: str) -> OnnxGraph:
+    """A float32 graph in a precision, or with every part in a mix's method."""
+    graph = OnnxGraph.read(path)
+    if form in PRECISIONS:
+        PRECISIONS[form].change(name, graph)
+    else:
+        change_parts(graph, {part: form for part in PARTS if part != EMBEDDINGS}, activations={})
+    return graph
 
 
-@pytest.mark.parametrize("precision", ["int8", "uint8", "mixed"])
-def test_products_of_a_bundle_cannot_saturate(bundle: Path, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "weights"), [("int8", INT7), ("q8", INT7), ("int8_smooth", INT7), ("uint8", UINT8), ("fp32", None)]
+)
+@pytest.mark.parametrize("name", [VISION_ENCODER, DECODER])
+def test_products_of_a_graph_cannot_saturate(tiny_bundle: Path, name: str, form: str, weights: str | None) -> None:
     """With the largest activations that there are, and with others."""
-    opened, random, products = Bundle.open(bundle, precision), np.random.default_rng(0), 0
-    for name in GRAPHS:
-        graph = OnnxGraph.read(opened.graph_path(name))
-        constants = graph.constants()
-        for node in graph.proto.graph.node:
-            if node.op_type != "MatMulInteger":
-                continue
-            weights_KN: Integers = numpy_helper.to_array(constants[node.input[1]])
-            products += 1
-            if precision == "uint8":
-                assert weights_KN.dtype == np.uint8  # which goes another way, and uses all 8 bits
-                assert weights_KN.max() > 250
-                continue
-            activations_MK = random.integers(0, 256, (5, len(weights_KN)), dtype=np.uint8)
-            activations_MK[0] = 255
-            expected_MN = exact_product(activations_MK, weights_KN)
-            np.testing.assert_array_equal(saturating_product(activations_MK, weights_KN), expected_MN)
-            assert max(abs(int(weights_KN.min())), int(weights_KN.max())) == 64  # and it uses the 7 bits that it has
-    assert products > 10
+    graph = quantised(Bundle.open(tiny_bundle, "fp32").graph_path(name), name, form)
+    random, constants = np.random.default_rng(0), graph.constants()
+    products = [node for node in graph.proto.graph.node if node.op_type == "MatMulInteger"]
+    assert integer_weights(graph) == weights
+    assert (len(products) > 10) == (weights is not None)
+    for node in products:
+        weights_KN: Integers = numpy_helper.to_array(constants[node.input[1]])
+        if weights == UINT8:
+            assert weights_KN.dtype == np.uint8  # which goes another way, and uses all 8 bits
+            assert weights_KN.max() > 250
+            continue
+        activations_MK = random.integers(0, 256, (5, len(weights_KN)), dtype=np.uint8)
+        activations_MK[0] = 255
+        expected_MN = exact_product(activations_MK, weights_KN)
+        np.testing.assert_array_equal(saturating_product(activations_MK, weights_KN), expected_MN)
+        assert max(abs(int(weights_KN.min())), int(weights_KN.max())) == 64  # and it uses the 7 bits that it has
 
 
-def test_the_manifest_says_which_weights_are_multiplied(bundle: Path) -> None:
-    found = {(graph.name, graph.precision): graph.integer_weights for graph in Bundle.open(bundle).manifest.graphs}
-    expected = {"fp32": None, "int8": INT7, "uint8": UINT8, "mixed": INT7}
+def test_the_manifest_says_which_weights_are_multiplied(tiny_bundle: Path) -> None:
+    found = {(graph.name, graph.precision): graph.integer_weights for graph in Bundle.open(tiny_bundle).manifest.graphs}
     assert found == {
-        (name, precision): None if name == "embed_tokens" else weights
-        for precision, weights in expected.items()
+        (name, precision): INT7 if precision == "int8" and name != EMBED_TOKENS else None
+        for precision in ("fp32", "int8")
         for name in GRAPHS
     }
 

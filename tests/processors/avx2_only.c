@@ -29,6 +29,8 @@ static const uint32_t newer_in_edx = BIT(2) | BIT(3) | BIT(8) | BIT(22) | BIT(23
 static const uint32_t newer_in_eax = BIT(4) | BIT(5);             /* AVX-VNNI, AVX512-BF16 */
 static const uint32_t avx_vnni_in_edx = BIT(4) | BIT(5) | BIT(10); /* AVX-VNNI-INT8, AVX-NE-CONVERT, AVX-VNNI-INT16 */
 
+typedef void (*handler)(int);
+
 static int (*next_sigaction)(int, const struct sigaction *, struct sigaction *);
 static struct sigaction theirs; /* what the program wants done with its own segmentation faults */
 
@@ -69,13 +71,21 @@ static void on_fault(int number, siginfo_t *info, void *context) {
     }
 }
 
-/* Python's faulthandler and JavaScript's engines catch SIGSEGV themselves: they come after this. */
+/* Python's faulthandler, JavaScript's engines and compilers catch SIGSEGV themselves: they come after this. */
 int sigaction(int number, const struct sigaction *wanted, struct sigaction *before) {
     if (!next_sigaction) next_sigaction = dlsym(RTLD_NEXT, "sigaction");
     if (number != SIGSEGV) return next_sigaction(number, wanted, before);
     if (before) *before = theirs;
     if (wanted) theirs = *wanted;
     return 0;
+}
+
+handler signal(int number, handler wanted) {
+    handler (*next)(int, handler) = (handler(*)(int, handler))dlsym(RTLD_NEXT, "signal");
+    if (number != SIGSEGV) return next(number, wanted);
+    struct sigaction before = theirs;
+    theirs = (struct sigaction){.sa_handler = wanted};
+    return before.sa_flags & SA_SIGINFO ? SIG_DFL : before.sa_handler;
 }
 
 __attribute__((constructor)) static void start(void) {
