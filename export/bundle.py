@@ -252,7 +252,7 @@ def _places(root: Path) -> list[Path]:
     """
     for folder in (root, *root.parents):
         if folder.parent.name == "snapshots":
-            return [root, (folder.parent.parent / "blobs").resolve()]
+            return [root, folder.parent.parent / "blobs"]  # itself and not where a link of this name leads
     return [root]
 
 

@@ -25,6 +25,7 @@ from .text_stream import TextStream
 from .token_rules import TokenRules
 
 MAX_NEW_TOKENS = 256
+MOST_THREADS = 1024  # of a graph; onnxruntime would start as many as it is told
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,8 @@ class Engine:
     """A bundle that answers; threads may share it, every answer has its own memory."""
 
     def __init__(self, bundle: Bundle, threads: int | None = None, *, prefill: bool = True) -> None:
-        if threads is not None and threads < 1:
-            raise ConversationError(f"threads is {threads}, expected 1 or more")
+        if threads is not None and not 1 <= threads <= MOST_THREADS:
+            raise ConversationError(f"threads is {threads}, expected 1 to {MOST_THREADS}; one a core is usual")
         self.bundle = bundle
         self.tokenizer = _read_tokenizer(bundle)
         self.settings = _read_settings(bundle)

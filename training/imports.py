@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -28,6 +28,8 @@ from switchkd.export.weights import is_unread
 
 from .vlm import ModelError, make_processor
 
+# "patch" drops the first feature whatever the encoder: CLIP's class token, and with SigLIP, which has none, a patch.
+STRATEGIES: dict[str, Literal["default", "full"]] = {"patch": "default", "cls_patch": "full"}
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 
 

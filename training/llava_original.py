@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from switchkd.export.weights import is_llavas_own
 
 from .imports import (
     EMBEDDING,
+    STRATEGIES,
     Imported,
     Sources,
     folder_with,
@@ -42,7 +43,6 @@ from .vlm import IMAGE_TOKEN, ModelError, Vlm, add_image_token, encoder_config, 
 PROJECTOR = "mlp2x_gelu"
 # The language model's type in transformers, by LLaVA's class.
 LANGUAGE_MODELS = {"LlavaLlamaForCausalLM": "llama", "LlavaQwenForCausalLM": "qwen2"}
-STRATEGIES: dict[str, Literal["default", "full"]] = {"patch": "default", "cls_patch": "full"}
 _TOWER = "model.vision_tower.vision_tower."
 _NAMES = (
     (_TOWER, "vision_tower."),

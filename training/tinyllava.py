@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlavaConfig, PreTrainedTokenizerBase
@@ -21,6 +21,7 @@ from switchkd.export.projectors import tokens_per_picture
 
 from .imports import (
     EMBEDDING,
+    STRATEGIES,
     Imported,
     Sources,
     folder_with,
@@ -38,8 +39,6 @@ from .vlm import ENCODERS, IMAGE_TOKEN, ModelError, Vlm, add_image_token, encode
 
 LANGUAGE_MODELS = ("qwen2",)  # Qwen2 and Qwen2.5 are of this type
 CONNECTOR = "mlp2x_gelu"
-# "patch" drops the first feature whatever the encoder: CLIP's class token, and with SigLIP, which has none, a patch.
-STRATEGIES: dict[str, Literal["default", "full"]] = {"patch": "default", "cls_patch": "full"}
 # TinyLLaVA's prompts for Qwen2, by what ends an answer: qwen2_base and qwen2_instruct in its code.
 PROMPTS = {"base": "<|endoftext|>", "instruct": "<|im_end|>"}
 PARTS = ("language_model", "vision_tower", "connector")

@@ -137,6 +137,13 @@ def test_links_out_of_a_hub_cache(hub_snapshot: Path, tmp_path: Path, leads: str
     refused(snapshot, f"{name}: links to outside the bundle")
 
 
+def test_blobs_that_are_a_link_themselves(hub_snapshot: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(hub_snapshot.parents[1], tmp_path / "models--a--b", symlinks=True))
+    (copy / "blobs").rename(tmp_path / "elsewhere")
+    (copy / "blobs").symlink_to(tmp_path / "elsewhere")
+    refused(copy / "snapshots" / hub_snapshot.name, "links to outside the bundle")
+
+
 @pytest.mark.parametrize("name", ["Bündel für zwölf Bilder", "a b", "%20 #1 [x] 'y'", "模型"])
 def test_any_name_will_do(bundle: Path, name: str) -> None:
     Bundle.open(bundle.rename(bundle.parent / name), check_hashes=True)

@@ -217,8 +217,9 @@ def test_what_cannot_be_asked_is_refused_before_any_work(
 def test_settings_that_make_no_sense_are_refused(tiny_bundle: Path, engine: Engine, tmp_path: Path) -> None:
     with pytest.raises(ConversationError, match="max_new_tokens is 0"):
         engine.stream(QUESTION, max_new_tokens=0)
-    with pytest.raises(ConversationError, match="threads is 0"):
-        Engine.open(tiny_bundle, threads=0)
+    for threads in (0, 1025, 99_999_999_999):
+        with pytest.raises(ConversationError, match=f"threads is {threads}, expected 1 to 1024"):
+            Engine.open(tiny_bundle, threads=threads)
     with pytest.raises(BundleError, match="'q4'"):
         Engine.open(tiny_bundle, "q4")
     with pytest.raises(PictureError, match="no such file"):
