@@ -15,9 +15,11 @@ from switchkd.export.out_folder import LOCK, making
 
 # Makes a folder and tells what it renames; with a word it waits in the middle of its work.
 MAKER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from switchkd.export.out_folder import making
+if "hang up" in sys.argv:  # where the tests run under nohup, which starts its processes with SIGHUP ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 with making(Path(sys.argv[1]), ValueError, last="b") as made:
     for name in "abc":
         (made / name).write_text(name)
@@ -46,7 +48,7 @@ def make(out: Path) -> None:
 @contextmanager
 def at_work(out: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that is making `out` and does not come to an end."""
-    process = subprocess.Popen([sys.executable, "-c", MAKER, str(out), "wait"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", MAKER, str(out), "hang up"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline().endswith("made\n")
     yield process
