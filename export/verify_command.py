@@ -5,12 +5,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import onnxruntime
-
 from .bundle import INT7, INT8, PORTABLE, Bundle, BundleError, GraphFile, Manifest
 from .checkpoint import Checkpoint, open_checkpoint
 from .graphs import ExportError
-from .integer_products import ASK_FOR_EXACT, make_exact
+from .integer_products import ASK_FOR_EXACT, products_are_exact
 from .memory import return_freed_blocks
 from .mobile import check_mobile
 from .onnx_graph import OnnxGraph
@@ -99,7 +97,7 @@ def verify_bundle(
                 check_ort_files(path, run, prompts.first[:3])
                 line += "; .ort files give the same"
         print(line)
-    _say_integers(path, manifest)
+    _say_integers(manifest)
     print(f"{path}: verified")
 
 
@@ -112,12 +110,11 @@ def _check_integer_weights(path: Path, graph: GraphFile) -> None:
         )
 
 
-def _say_integers(path: Path, manifest: Manifest) -> None:
+def _say_integers(manifest: Manifest) -> None:
     """Print which precisions rely on the runtime for exact integers, as bundles did before their weights had 7 bits."""
-    risky = {graph.precision: graph for graph in manifest.graphs if graph.integer_weights == INT8}
-    for precision, graph in risky.items():
-        asked = make_exact(onnxruntime.SessionOptions(), graph.integer_weights, path / graph.file)
-        here = "which this processor is: switchkd asks for it" if asked else "which this processor is not"
+    for precision in sorted({graph.precision for graph in manifest.graphs if graph.integer_weights == INT8}):
+        exact = products_are_exact(INT8)
+        here = "which this processor is not" if exact else "which this processor is: switchkd asks for it"
         print(
             f"{precision}: its weights use all of 8 bits, and an x86 processor without VNNI, {here}, answers wrongly "
             f"unless the session option {ASK_FOR_EXACT} is 1; export again, and every runtime is exact"

@@ -74,24 +74,23 @@ class PromptTokens:
     """Turns messages into the ids that the model reads, by the bundle's chat template and tokenizer."""
 
     def __init__(self, bundle: Bundle, tokenizer: Tokenizer) -> None:
-        self._bundle, self._tokenizer = bundle, tokenizer
         image = bundle.model.image_token
         if tokenizer.token_to_id(image) != bundle.model.image_token_id:
             raise BundleError(
                 f"{bundle.tokenizer_path}: {image} has the id {tokenizer.token_to_id(image)}, the manifest says "
                 f"{bundle.model.image_token_id}; export again"
             )
+        self._encoder = PromptEncoder.of(bundle, tokenizer)
 
     def encode(self, messages: Sequence[Message], pictures: int) -> list[int]:
         """Return the prompt's token ids, in which the image token stands once for every visual token.
 
         Raises ConversationError where a text itself holds the image token, and PromptError.
         """
-        encoder = PromptEncoder.of(self._bundle, self._tokenizer)
-        image, text = encoder.image_token, encoder.render(messages)
+        image, text = self._encoder.image_token, self._encoder.render(messages)
         if text.count(image) != pictures:
             raise ConversationError(
                 f"the prompt holds {image} {text.count(image)} times for {pictures} pictures; "
                 f"leave {image} out of the text, pictures are placed by themselves"
             )
-        return encoder.ids(text)
+        return self._encoder.ids(text)

@@ -24,9 +24,10 @@ from transformers import (
 )
 
 from switchkd.export.pixels import Preprocessing
+from switchkd.export.projectors import tokens_per_picture
 from switchkd.export.weights import is_unread
 
-from .vlm import ModelError, make_processor
+from .vlm import IMAGE_TOKEN, ModelError, Vlm, add_image_token, make_processor
 
 # "patch" drops the first feature whatever the encoder: CLIP's class token, and with SigLIP, which has none, a patch.
 STRATEGIES: dict[str, Literal["default", "full"]] = {"patch": "default", "cls_patch": "full"}
@@ -52,6 +53,49 @@ class Imported:
     prompt: str
     tokens_per_picture: int
     notes: tuple[str, ...] = ()  # on what is not as the other project has it
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation's form: the chat template, and the token that ends an answer."""
+
+    template: str
+    end: str
+
+    def goes_with(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether the tokenizer has the token that ends an answer."""
+        return self.end in tokenizer.get_vocab()
+
+    def teach(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Give the tokenizer the template, the end of an answer, and a token for a picture."""
+        add_image_token(tokenizer)
+        tokenizer.eos_token = self.end
+        tokenizer.pad_token = tokenizer.pad_token or self.end
+        tokenizer.chat_template = self.template
+
+
+def check_supported(where: Path, *settings: tuple[str, Any, Sequence[Any]]) -> None:
+    """Raise ModelError for the first (name, value found, values supported) of a config that is not supported."""
+    for name, found, supported in settings:
+        if found not in supported:
+            raise ModelError(f"{where}: {name} is {found!r}, supported is {' or '.join(map(repr, supported))}")
+
+
+def standard_config(
+    vision: Any, text: Any, tokenizer: PreTrainedTokenizerBase, layer: Any, strategy: Literal["default", "full"]
+) -> LlavaConfig:
+    """The config of a LLaVA with a GELU MLP that takes its features from this layer of the vision encoder."""
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.get_vocab()[IMAGE_TOKEN],
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=strategy,
+        projector_hidden_act="gelu",
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+    config.image_seq_length = tokens_per_picture(config)
+    return config
 
 
 def own_settings(given: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +188,23 @@ def standard_names(
     return tensors, left_out
 
 
-def settle_head(tensors: dict[str, Tensor], tied: bool, where: Path) -> None:
+def save_standard(
+    config: LlavaConfig, tensors: dict[str, Tensor], processor: LlavaProcessor, checkpoint: Path, folder: Path
+) -> str:
+    """Write the folder of a config with exactly these tensors, which it settles; returns their type's name.
+
+    Raises ModelError, naming the `checkpoint`, where the two do not fit.
+    """
+    text: Any = config.text_config
+    _settle_head(tensors, bool(text.tie_word_embeddings), checkpoint)
+    _make_room(tensors, len(processor.tokenizer))
+    text.vocab_size = tensors[EMBEDDING].shape[0]
+    vlm = Vlm(_put_together(config, tensors, processor.tokenizer, checkpoint), processor)
+    vlm.save(folder)
+    return str(vlm.model.dtype).removeprefix("torch.")
+
+
+def _settle_head(tensors: dict[str, Tensor], tied: bool, where: Path) -> None:
     """A tied head is written once, under the embedding's name, whichever of the two names the checkpoint has."""
     if tied and HEAD in tensors:
         head = tensors.pop(HEAD)
@@ -157,7 +217,7 @@ def settle_head(tensors: dict[str, Tensor], tied: bool, where: Path) -> None:
         raise ModelError(f"{where}: {EMBEDDING} is missing; the checkpoint is not complete")
 
 
-def make_room(tensors: dict[str, Tensor], tokens: int) -> None:
+def _make_room(tensors: dict[str, Tensor], tokens: int) -> None:
     """Add rows to the embedding and the head where the tokenizer, which now has `<image>`, needs more of them."""
     for name in (EMBEDDING, HEAD):
         table_VD = tensors.get(name)
@@ -167,7 +227,7 @@ def make_room(tensors: dict[str, Tensor], tokens: int) -> None:
             tensors[name] = torch.cat([table_VD, more_VD.to(table_VD.dtype)])
 
 
-def put_together(
+def _put_together(
     config: LlavaConfig, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, where: Path
 ) -> LlavaForConditionalGeneration:
     """The model of a config with exactly these tensors. Raises ModelError."""

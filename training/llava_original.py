@@ -9,7 +9,7 @@ the prompts: their public code, read in 2026.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,26 @@ from transformers import AutoConfig, AutoTokenizer, LlavaConfig, PreTrainedToken
 
 from switchkd.export.lfs_pointers import pointer_fault
 from switchkd.export.out_folder import making
-from switchkd.export.projectors import tokens_per_picture
 from switchkd.export.weights import is_llavas_own
 
 from .imports import (
     EMBEDDING,
     STRATEGIES,
     Imported,
+    Prompt,
     Sources,
+    check_supported,
     folder_with,
-    make_room,
     picture_processor,
-    put_together,
     read_json,
     read_weights,
-    settle_head,
+    save_standard,
     source_of,
+    standard_config,
     standard_names,
 )
 from .tinyllava import USER_ASSISTANT
-from .vlm import IMAGE_TOKEN, ModelError, Vlm, add_image_token, encoder_config, forget_cuts, load_encoder, read_config
+from .vlm import ModelError, encoder_config, forget_cuts, load_encoder, read_config
 
 PROJECTOR = "mlp2x_gelu"
 # The language model's type in transformers, by LLaVA's class.
@@ -75,14 +75,6 @@ _CHATML = (
 )
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """One of LLaVA's conversation forms: the chat template, and the token that ends an answer."""
-
-    template: str
-    end: str
-
-
 # By the names in LLaVA's code; which one goes with a language model is nowhere in a checkpoint.
 PROMPTS = {
     "v1": Prompt(USER_ASSISTANT.replace("END_OF_TURN", "</s>"), "</s>"),
@@ -114,7 +106,7 @@ def _import(checkpoint: Path, folder: Path, sources: Sources, prompt: str | None
     text = _text_config(published)
     tokenizer = _tokenizer(checkpoint, sources, text)
     prompt = _speak(tokenizer, prompt, text.model_type, checkpoint)
-    config = _standard_config(published, vision, text, tokenizer.get_vocab()[IMAGE_TOKEN])
+    config = _standard_config(published, vision, text, tokenizer)
     processor = picture_processor(
         folder_with("preprocessor_config.json", checkpoint) or source, tokenizer, config, "--vision-tower"
     )
@@ -127,12 +119,7 @@ def _import(checkpoint: Path, folder: Path, sources: Sources, prompt: str | None
         )
     tensors, left_out = standard_names(weights, _NAMES, checkpoint, _ALL)
     _settle_tower(tensors, config, published, source, checkpoint)
-    settle_head(tensors, bool(text.tie_word_embeddings), checkpoint)
-    make_room(tensors, len(tokenizer))
-    text.vocab_size = tensors[EMBEDDING].shape[0]
-    vlm = Vlm(put_together(config, tensors, tokenizer, checkpoint), processor)
-    vlm.save(folder)
-    dtype = str(vlm.model.dtype).removeprefix("torch.")
+    dtype = save_standard(config, tensors, processor, checkpoint, folder)
     notes = _notes(published)
     return Imported(folder, len(tensors), dtype, tuple(left_out), prompt, config.image_seq_length, notes)
 
@@ -154,7 +141,8 @@ def _config(checkpoint: Path) -> dict[str, Any]:
         )
     (architecture, *_) = published.get("architectures") or [None]
     aspect = published.get("image_aspect_ratio") or "square"
-    for name, found, supported in (
+    check_supported(
+        checkpoint,
         ("architectures", architecture, tuple(LANGUAGE_MODELS)),
         ("mm_projector_type", published.get("mm_projector_type", "linear"), (PROJECTOR,)),
         ("mm_vision_select_feature", published.get("mm_vision_select_feature", "patch"), tuple(STRATEGIES)),
@@ -164,9 +152,7 @@ def _config(checkpoint: Path) -> dict[str, Any]:
         ("mm_resampler_type", published.get("mm_resampler_type") or "none", ("none",)),
         ("mm_use_im_start_end", bool(published.get("mm_use_im_start_end")), (False,)),
         ("s2", bool(published.get("s2")), (False,)),
-    ):
-        if found not in supported:
-            raise ModelError(f"{checkpoint}: {name} is {found!r}, supported is {' or '.join(map(repr, supported))}")
+    )
     return published
 
 
@@ -186,21 +172,15 @@ def _text_config(published: dict[str, Any]) -> Any:
     return AutoConfig.for_model(kind, **given)
 
 
-def _standard_config(published: dict[str, Any], vision: Any, text: Any, image_token: int) -> LlavaConfig:
+def _standard_config(
+    published: dict[str, Any], vision: Any, text: Any, tokenizer: PreTrainedTokenizerBase
+) -> LlavaConfig:
     # LLaVA-NeXT takes SigLIP's last layer but one whatever the config says, and no feature is dropped: none is a class.
     siglip = vision.model_type == "siglip_vision_model"
-    select = published.get("mm_vision_select_feature", "patch")
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=image_token,
-        vision_feature_layer=-2 if siglip else published.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy="full" if siglip else STRATEGIES[select],
-        projector_hidden_act="gelu",
-        tie_word_embeddings=text.tie_word_embeddings,
-    )
-    config.image_seq_length = tokens_per_picture(config)
-    return config
+    if siglip:
+        return standard_config(vision, text, tokenizer, -2, "full")
+    strategy = STRATEGIES[published.get("mm_vision_select_feature", "patch")]
+    return standard_config(vision, text, tokenizer, published.get("mm_vision_select_layer", -2), strategy)
 
 
 def _tokenizer(checkpoint: Path, sources: Sources, text: Any) -> PreTrainedTokenizerBase:
@@ -218,17 +198,13 @@ def _tokenizer(checkpoint: Path, sources: Sources, text: Any) -> PreTrainedToken
 def _speak(tokenizer: PreTrainedTokenizerBase, prompt: str | None, kind: str, checkpoint: Path) -> str:
     """Give the tokenizer LLaVA's prompt and the token that ends an answer in it; returns the prompt's name."""
     prompt = prompt or _USUAL[kind]
-    if prompt not in PROMPTS or PROMPTS[prompt].end not in tokenizer.get_vocab():
+    if prompt not in PROMPTS or not PROMPTS[prompt].goes_with(tokenizer):
         raise ModelError(
             f"{checkpoint}: prompt {prompt!r} does not go with its tokenizer; give --prompt {' or '.join(PROMPTS)}, "
             f"whose answers end with {' and '.join(form.end for form in PROMPTS.values())}"
         )
-    form = PROMPTS[prompt]
     forget_cuts(tokenizer)
-    add_image_token(tokenizer)
-    tokenizer.eos_token = form.end
-    tokenizer.pad_token = tokenizer.pad_token or form.end
-    tokenizer.chat_template = form.template
+    PROMPTS[prompt].teach(tokenizer)
     return prompt
 
 

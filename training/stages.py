@@ -132,7 +132,7 @@ def run_stage(
     set_seed(recipe.seed)
     student = stage_student(recipe, stage, before)
     train_only(student.model, stage.train)
-    module = stage_distillation(recipe, stage, student)
+    module = stage_distillation(recipe, stage, student, announce)
     dataset = stage_dataset(stage, *student.inputs(stage.data.max_length), folder.parent / DATA_CHECK, announce)
     _check_whole_steps(stage, arguments, len(dataset))
     trainer = DistillationTrainer(

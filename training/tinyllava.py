@@ -13,34 +13,31 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, LlavaConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from switchkd.export.lfs_pointers import pointer_fault
 from switchkd.export.out_folder import making
-from switchkd.export.projectors import tokens_per_picture
 
 from .imports import (
-    EMBEDDING,
     STRATEGIES,
     Imported,
+    Prompt,
     Sources,
+    check_supported,
     folder_with,
-    make_room,
     own_settings,
     picture_processor,
-    put_together,
     read_json,
     read_weights,
-    settle_head,
+    save_standard,
     source_of,
+    standard_config,
     standard_names,
 )
-from .vlm import ENCODERS, IMAGE_TOKEN, ModelError, Vlm, add_image_token, encoder_config, forget_cuts, read_config
+from .vlm import ENCODERS, ModelError, encoder_config, forget_cuts, read_config
 
 LANGUAGE_MODELS = ("qwen2",)  # Qwen2 and Qwen2.5 are of this type
 CONNECTOR = "mlp2x_gelu"
-# TinyLLaVA's prompts for Qwen2, by what ends an answer: qwen2_base and qwen2_instruct in its code.
-PROMPTS = {"base": "<|endoftext|>", "instruct": "<|im_end|>"}
 PARTS = ("language_model", "vision_tower", "connector")
 _NAMES = (
     ("vision_tower._vision_tower.", "vision_tower."),
@@ -74,6 +71,11 @@ USER_ASSISTANT = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- 'ASSISTANT:' }}{%- endif %}"
 )
+# TinyLLaVA's prompts for Qwen2: qwen2_base and qwen2_instruct in its code.
+PROMPTS = {
+    name: Prompt(USER_ASSISTANT.replace("END_OF_TURN", end), end)
+    for name, end in (("base", "<|endoftext|>"), ("instruct", "<|im_end|>"))
+}
 
 
 def import_tinyllava(
@@ -98,16 +100,12 @@ def _import(checkpoint: Path, folder: Path, sources: Sources, prompt: str | None
     text = _text_config(checkpoint, published, sources)
     tokenizer = _tokenizer(checkpoint, published, sources, text)
     prompt = _speak(tokenizer, prompt, checkpoint)
-    config = _standard_config(published, vision, text, tokenizer.get_vocab()[IMAGE_TOKEN])
+    strategy = STRATEGIES[published.get("vision_feature_select_strategy", "patch")]
+    config = standard_config(vision, text, tokenizer, published.get("vision_feature_layer", -2), strategy)
     processor = picture_processor(_picture_source(checkpoint, published, sources), tokenizer, config)
     # The weights come last: whatever else is in the way is said before gigabytes are read.
     tensors, left_out = standard_names(read_tensors(checkpoint), _NAMES, checkpoint, _ALL)
-    settle_head(tensors, bool(text.tie_word_embeddings), checkpoint)
-    make_room(tensors, len(tokenizer))
-    text.vocab_size = tensors[EMBEDDING].shape[0]
-    vlm = Vlm(put_together(config, tensors, tokenizer, checkpoint), processor)
-    vlm.save(folder)
-    dtype = str(vlm.model.dtype).removeprefix("torch.")
+    dtype = save_standard(config, tensors, processor, checkpoint, folder)
     return Imported(folder, len(tensors), dtype, tuple(left_out), prompt, config.image_seq_length)
 
 
@@ -126,30 +124,15 @@ def _config(checkpoint: Path) -> dict[str, Any]:
         raise ModelError(
             f"{checkpoint}: vision tower is {encoder!r} with {second!r}, a mixture; supported is one SigLIP or CLIP"
         )
-    for name, found, supported in (
+    check_supported(
+        checkpoint,
         ("model_type", published.get("model_type"), ("tinyllava",)),
         ("connector_type", published.get("connector_type"), (CONNECTOR,)),
         ("vision_feature_select_strategy", published.get("vision_feature_select_strategy", "patch"), tuple(STRATEGIES)),
         # "pad" makes pictures square with a border, "anyres" cuts them up; neither is a setting of the processor.
         ("image_aspect_ratio", published.get("image_aspect_ratio") or "square", ("square",)),
-    ):
-        if found not in supported:
-            raise ModelError(f"{checkpoint}: {name} is {found!r}, supported is {' or '.join(map(repr, supported))}")
-    return published
-
-
-def _standard_config(published: dict[str, Any], vision: Any, text: Any, image_token: int) -> LlavaConfig:
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=image_token,
-        vision_feature_layer=published.get("vision_feature_layer", -2),
-        vision_feature_select_strategy=STRATEGIES[published.get("vision_feature_select_strategy", "patch")],
-        projector_hidden_act="gelu",
-        tie_word_embeddings=text.tie_word_embeddings,
     )
-    config.image_seq_length = tokens_per_picture(config)
-    return config
+    return published
 
 
 def _text_config(checkpoint: Path, published: dict[str, Any], sources: Sources) -> Any:
@@ -200,19 +183,15 @@ def _tokenizer(checkpoint: Path, published: dict[str, Any], sources: Sources, te
 
 def _speak(tokenizer: PreTrainedTokenizerBase, prompt: str | None, checkpoint: Path) -> str:
     """Give the tokenizer TinyLLaVA's prompt and the token that ends an answer in it; returns the prompt's name."""
-    by_end = {end: name for name, end in PROMPTS.items()}
+    by_end = {form.end: name for name, form in PROMPTS.items()}
     prompt = prompt or by_end.get(str(tokenizer.eos_token))
-    end = PROMPTS.get(str(prompt))
-    if prompt is None or end not in tokenizer.get_vocab():
+    if prompt not in PROMPTS or not PROMPTS[prompt].goes_with(tokenizer):
         raise ModelError(
             f"{checkpoint}: prompt {prompt!r} with the end-of-sequence token {tokenizer.eos_token!r} is none of "
             f"TinyLLaVA's for Qwen2; give --prompt {' or '.join(PROMPTS)}, whose answers end with "
-            f"{' and '.join(PROMPTS.values())}"
+            f"{' and '.join(form.end for form in PROMPTS.values())}"
         )
-    add_image_token(tokenizer)
-    tokenizer.eos_token = end
-    tokenizer.pad_token = tokenizer.pad_token or end
-    tokenizer.chat_template = USER_ASSISTANT.replace("END_OF_TURN", end)
+    PROMPTS[prompt].teach(tokenizer)
     return prompt
 
 
