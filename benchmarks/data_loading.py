@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.measuring import cpu_peak_mib, spread
 from switchkd.export.pixels import Preprocessing
-from switchkd.training.conversations import ConversationDataset, ConversationEncoder, collator
+from switchkd.training.dataset import ConversationDataset, collator
+from switchkd.training.label_mask import ConversationEncoder
 from switchkd.training.records import read_records
 from switchkd.training.world.vocabulary import IMAGE_TOKEN, train_tokenizer
 

@@ -114,8 +114,7 @@ def announce(text: str) -> None:
 
 
 def _world(plan: Plan, clock: Clock) -> None:
-    from switchkd.training.world.dataset import is_written
-    from switchkd.training.world.world_command import draw_world
+    from switchkd.training.world.dataset import draw_world, is_written
 
     folder = plan.out / "world"
     if not is_written(folder, plan.world):
@@ -124,7 +123,8 @@ def _world(plan: Plan, clock: Clock) -> None:
 
 def _parts(plan: Plan, clock: Clock) -> None:
     from switchkd.training.world.bases import copy_parts, make_parts, store, stored_parts
-    from switchkd.training.world.world_command import PARTS_WORLD, draw_world
+    from switchkd.training.world.dataset import draw_world
+    from switchkd.training.world.world_command import PARTS_WORLD
 
     if not plan.from_scratch:
         copy_parts(stored_parts(), plan.out)
@@ -158,7 +158,8 @@ def _train(plan: Plan, arm: str, seed: int, clock: Clock) -> None:
 
 def _export(plan: Plan, clock: Clock) -> None:
     from switchkd.export.assembly import export_checkpoint
-    from switchkd.export.bundle import INT7, sha256
+    from switchkd.export.bundle import INT7
+    from switchkd.export.digests import sha256
     from switchkd.export.manifest import FORMAT_VERSION
     from switchkd.export.mixing import MixOptions
     from switchkd.export.parity import PAIRS

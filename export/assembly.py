@@ -22,11 +22,11 @@ from .bundle import (
     GraphFile,
     Manifest,
     ModelFacts,
-    sha256,
 )
 from .calibration import Calibration
 from .card import write_card
 from .checkpoint import Checkpoint, open_checkpoint
+from .digests import sha256
 from .fused_decoder import FusedDecoder
 from .graphs import EmbedTokens, ExportError, GraphDescription, PortableDecoder, VisionEncoder, quiet
 from .licence import licence_files, stated_licence

@@ -4,12 +4,12 @@ docs/bundle.md describes the same in words. Nothing here trusts the folder: ever
 before anything is opened.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Self
 
+from .digests import sha256
 from .json_fields import BundleError, parse_object
 from .manifest import (
     DECODER,
@@ -89,12 +89,6 @@ REQUIRED_FILES = (
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 # Pickles and what may hold them: loading one would run it. Nothing here does, and a bundle has no use for them.
 _PICKLES = frozenset([".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"])
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

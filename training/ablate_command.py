@@ -100,7 +100,7 @@ def _dry_run(matrix: Matrix, only: list[str]) -> None:
 def _place_world(matrix: Matrix) -> None:
     """The built-in world and the stored parts, where the arms' recipes look for them."""
     from .world.bases import copy_parts, stored_parts
-    from .world.world_command import draw_world
+    from .world.dataset import draw_world
 
     assert matrix.world is not None
     draw_world(Path(matrix.root) / "world", matrix.world)

@@ -7,11 +7,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from switchkd.export.digests import sha256
+
 from .ablation import Arm, Matrix
-from .hashes import sha256
 from .stages import finished_stages
 from .world.dataset import MARKER
-from .world.world_command import score_checkpoint
+from .world.scoring import score_checkpoint
 
 SCORES = "scores.json"
 ALL = "all"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .conversations import IGNORED
+IGNORED = -100  # a label that is not supervised, as torch's cross_entropy has it
 
 
 def respell(

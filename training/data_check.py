@@ -21,8 +21,9 @@ from torch.utils.data import Dataset
 
 from switchkd.export.pixels import Preprocessing
 
-from .conversations import BrokenRecord, ConversationEncoder, DataError, grouping_length, picture_of, to_messages
+from .conversations import BrokenRecord, DataError, grouping_length, picture_of, to_messages
 from .data_sources import SOURCES, source_of
+from .label_mask import ConversationEncoder
 from .picture_check import Fault, check_pictures, in_parallel
 from .recipe import DataRecipe
 from .records import Records, digest, read_records

@@ -11,9 +11,10 @@ from typing import Any
 from switchkd.export.pixels import Preprocessing
 from switchkd.export.projectors import tokens_per_picture
 
-from .conversations import ConversationEncoder, DataError
+from .conversations import DataError
 from .data_check import check_data, percent
 from .data_report import lines, report
+from .label_mask import ConversationEncoder
 from .recipe import CHECKS, DATA_CHECK, DataRecipe, Recipe, RecipeError, load_recipe
 from .records import check_is_text
 from .terminal import quiet_libraries

@@ -20,8 +20,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm.auto import tqdm
 
+from switchkd.export.digests import sha256
+
 from .conversations import DataError
-from .hashes import sha256
 
 RECEIPTS = "downloads.json"  # what arrived, with its hash
 TRIES = 5  # one after the other without a byte

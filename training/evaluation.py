@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from switchkd.export.pixels import read_pixels
 
 from .conversations import to_messages
+from .label_mask import model_inputs
 from .vlm import Vlm
 
 
@@ -30,7 +31,7 @@ def generate_answers(
 ) -> list[str]:
     """The model's greedy answer to each record's last question, earlier turns given as they are in the record."""
     model, tokenizer = vlm.model.eval(), vlm.tokenizer
-    encoder, preprocessing = vlm.inputs()
+    encoder, preprocessing = model_inputs(vlm)
     all_prompts = [encoder.encode_prompt(to_messages(record)[:-1]) for record in records]
     # Questions of one length are mostly of one wording, so that a batch's answers end at about the same time.
     order = sorted(range(len(records)), key=lambda index: len(all_prompts[index]))

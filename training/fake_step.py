@@ -30,7 +30,7 @@ from transformers import LlavaConfig
 
 from switchkd.export.projectors import tokens_per_picture
 
-from .conversations import IGNORED
+from .alignment import IGNORED
 from .distillation import Distillation
 from .model_sizes import build_without_memory
 from .objectives import Objective, Positions, Terms

@@ -16,8 +16,9 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from switchkd.export.digests import sha256
+
 from .conversations import BrokenRecord, DataError, Reason
-from .hashes import sha256
 
 WINDOW = 8 * 2**20  # bytes of a JSON list that are looked at together
 LONGEST_RECORD = 64 * 2**20  # bytes; what ends nowhere within them is not JSON

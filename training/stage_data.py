@@ -17,16 +17,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from switchkd.export.pixels import Preprocessing
 
-from .conversations import (
-    IGNORED,
-    BrokenRecord,
-    ConversationDataset,
-    ConversationEncoder,
-    DataError,
-    Reason,
-    Sample,
-)
+from .alignment import IGNORED
+from .conversations import BrokenRecord, DataError, Reason
 from .data_check import Broken, DataCheck, Ints, check_data
+from .dataset import ConversationDataset, Sample
+from .label_mask import ConversationEncoder
 from .picture_check import root_of
 from .recipe import DataRecipe, StageRecipe
 from .records import Records

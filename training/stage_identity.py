@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 from .arguments import zero_stage
 from .checkpoints import write_atomically
 from .conversations import DataError
-from .hashes import DigestMemory
+from .digest_memory import DigestMemory
 from .model_card import without_places
 from .objectives import build_objective
 from .recipe import ACCUMULATION, DATA_CHECK, DataRecipe, ModelRecipe, Recipe, StageRecipe, TeacherRecipe

@@ -163,7 +163,7 @@ def _choose_kernels(model: LlavaForConditionalGeneration, stage: StageRecipe) ->
 
 def _check_pixels(student: Vlm, teacher: Vlm) -> None:
     """Both are given the student's pixels, so the teacher must have been trained on pictures prepared the same way."""
-    ours, theirs = (dataclasses.asdict(vlm.inputs()[1]) for vlm in (student, teacher))
+    ours, theirs = (dataclasses.asdict(vlm.preprocessing) for vlm in (student, teacher))
     for name, value in ours.items():
         if value != theirs[name]:
             raise ValueError(

@@ -19,7 +19,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .arguments import training_arguments
 from .checkpoints import MAKE_ROOM, newest, room_for, sync, sync_tree, write_atomically, writing
-from .conversations import collator
+from .dataset import collator
+from .label_mask import model_inputs
 from .model_card import RECIPE_FILE, STAGE_FILE, publishable, stage_facts, write_card
 from .progress import LOG_NAME, read_log
 from .recipe import DATA_CHECK, LOGS, Recipe, RecipeError, StageRecipe
@@ -133,7 +134,7 @@ def run_stage(
     student = stage_student(recipe, stage, before)
     train_only(student.model, stage.train)
     module = stage_distillation(recipe, stage, student, announce)
-    dataset = stage_dataset(stage, *student.inputs(stage.data.max_length), folder.parent / DATA_CHECK, announce)
+    dataset = stage_dataset(stage, *model_inputs(student, stage.data.max_length), folder.parent / DATA_CHECK, announce)
     _check_whole_steps(stage, arguments, len(dataset))
     trainer = DistillationTrainer(
         module,

@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .conversations import ConversationEncoder, DataError, to_messages
+from .conversations import DataError, to_messages
+from .label_mask import ConversationEncoder
 from .recipe import DataRecipe
 from .vlm import IMAGE_TOKEN
 

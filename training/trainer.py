@@ -19,7 +19,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 
 from .arguments import gathered, load_whole_models
 from .checkpoints import MAKE_ROOM, CheckpointError, commit, discard, writing
-from .conversations import ConversationDataset, DataError
+from .conversations import DataError
+from .dataset import ConversationDataset
 from .distillation import Distillation
 from .finite import before_the_update, check_gradients, check_terms, naming
 from .meter import Meter

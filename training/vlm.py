@@ -41,7 +41,6 @@ from switchkd.export.prompt import SAVED_CUTS, PromptError, default_template, en
 from switchkd.export.weights import IMPORT_LLAVA, is_llavas_own, misfit, without_pooling_head
 
 from .chat_templates import reading_parts
-from .conversations import ConversationEncoder
 
 IMAGE_TOKEN = "<image>"
 ENCODERS = ("siglip_vision_model", "clip_vision_model")  # a SigLIP 2 of fixed resolution is a siglip_vision_model
@@ -71,10 +70,10 @@ class Vlm:
         """How many positions of the sequence one picture takes."""
         return int(self.model.config.image_seq_length)
 
-    def inputs(self, max_length: int | None = None) -> tuple[ConversationEncoder, Preprocessing]:
-        """How conversations become this model's token ids, cut to `max_length`, and how pictures become its pixels."""
-        encoder = ConversationEncoder(self.tokenizer, self.processor.image_token, self.tokens_per_picture, max_length)
-        return encoder, Preprocessing.from_config(self.processor.image_processor.to_dict())
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How pictures become this model's pixels."""
+        return Preprocessing.from_config(self.processor.image_processor.to_dict())
 
     def save(self, folder: Path) -> None:
         """Write the standard folder: weights, tokenizer, template, processor; plain transformers loads one with an MLP.

@@ -20,8 +20,8 @@ from switchkd.export.bundle import (
     Bundle,
     BundleError,
     Manifest,
-    sha256,
 )
+from switchkd.export.digests import sha256
 
 
 @pytest.fixture

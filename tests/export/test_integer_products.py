@@ -34,8 +34,8 @@ from switchkd.export.bundle import (
     WEIGHTS,
     Bundle,
     BundleError,
-    sha256,
 )
+from switchkd.export.digests import sha256
 from switchkd.export.integer_products import ASK_FOR_EXACT, known_factors, make_exact, products_are_exact
 from switchkd.export.onnx_graph import OnnxGraph, Storage
 from switchkd.export.parts import EMBEDDINGS, PARTS

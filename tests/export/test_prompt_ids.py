@@ -16,7 +16,7 @@ from switchkd.export.calibration import read_calibration
 from switchkd.export.parity import make_prompt
 from switchkd.export.prompt import read_tokenizer
 from switchkd.serve import Engine
-from switchkd.training.conversations import ConversationEncoder
+from switchkd.training.label_mask import ConversationEncoder
 from switchkd.training.vlm import load_vlm
 
 # With the picture below this model answers otherwise where BOS is missing, or is there twice.

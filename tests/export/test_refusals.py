@@ -15,7 +15,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from switchkd.cli.main import main
-from switchkd.export.bundle import MANIFEST, Bundle, BundleError, sha256
+from switchkd.export.bundle import MANIFEST, Bundle, BundleError
+from switchkd.export.digests import sha256
 from switchkd.export.onnx_graph import OnnxGraph, Storage
 from switchkd.export.onnx_wire import OnnxWireError, read_names
 from switchkd.serve import Engine

@@ -15,6 +15,7 @@ ROOMS = ("cli", "demo", "export", "serve", "training")
 SHARED = (
     "switchkd.export.bundle",
     "switchkd.export.control_tokens",
+    "switchkd.export.digests",
     "switchkd.export.generation_settings",
     "switchkd.export.integer_products",
     "switchkd.export.json_fields",
@@ -28,6 +29,7 @@ TORCH_FREE_FILES = (
     "export/__init__.py",
     "export/bundle.py",
     "export/control_tokens.py",
+    "export/digests.py",
     "export/generation_settings.py",
     "export/integer_products.py",
     "export/json_fields.py",
@@ -43,6 +45,7 @@ TORCH_AND_KIN = ("torch", "transformers", "accelerate", "deepspeed", "onnx", "on
 OPEN_DOORS: dict[str, tuple[str, ...]] = {
     "training": (
         "switchkd.export.control_tokens",  # a text is spelled in training as it is when the bundle answers
+        "switchkd.export.digests",
         "switchkd.export.lfs_pointers",
         "switchkd.export.out_folder",
         "switchkd.export.pixels",

@@ -8,6 +8,7 @@ import pytest
 from switchkd.export.prompt import PromptError, render_chat
 from switchkd.serve import Engine, Message
 from switchkd.serve.conversation import PromptTokens
+from switchkd.training.label_mask import model_inputs
 from switchkd.training.vlm import load_vlm
 
 # As LLaVA-1.5's processors on the hub have it: parts alone, pictures first; a string's characters have no type.
@@ -72,7 +73,7 @@ def test_control_tokens_in_a_question_are_text_as_they_were_in_training(
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"Is {token} it?"}]}
     ]
     ids = PromptTokens(engine.bundle, engine.tokenizer).encode(words, 1)
-    assert ids == load_vlm(tiny_checkpoint).inputs()[0].encode_prompt([dict(message) for message in words])
+    assert ids == model_inputs(load_vlm(tiny_checkpoint))[0].encode_prompt([dict(message) for message in words])
     assert f"Is {token} it?<|im_end|>" in engine.tokenizer.decode(ids, skip_special_tokens=False)
     tokens = [engine.tokenizer.id_to_token(number) for number in ids]
     assert (tokens.count("<|im_start|>"), tokens.count("<|im_end|>")) == (2, 1)

@@ -14,7 +14,8 @@ from PIL import Image
 from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.generation import logits_process
 
-from switchkd.export.bundle import MANIFEST, FileFacts, read_manifest, sha256
+from switchkd.export.bundle import MANIFEST, FileFacts, read_manifest
+from switchkd.export.digests import sha256
 from switchkd.export.generation_settings import (
     NO_MATTER,
     NOT_OBEYED,

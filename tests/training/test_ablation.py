@@ -217,7 +217,7 @@ def test_a_llava_checkpoint_gives_its_vision_tower_as_encoder(tiny_checkpoint: P
     theirs = {name.removeprefix("model."): value for name, value in teacher.items() if "vision_tower" in name}
     assert student.keys() == theirs.keys()
     assert all(torch.equal(student[name], theirs[name]) for name in theirs)
-    assert vlm.inputs()[1].size == (24, 24)  # pictures are prepared as the encoder's model had them
+    assert vlm.preprocessing.size == (24, 24)  # pictures are prepared as the encoder's model had them
     assert vlm.tokens_per_picture == 16
 
 

@@ -11,18 +11,10 @@ from tokenizers import Tokenizer
 from transformers import LlavaProcessor
 
 from switchkd.export.pixels import Preprocessing
-from switchkd.training.conversations import (
-    IGNORED,
-    BrokenRecord,
-    ConversationDataset,
-    ConversationEncoder,
-    DataError,
-    Reason,
-    Sample,
-    collator,
-    picture_of,
-    to_messages,
-)
+from switchkd.training.alignment import IGNORED
+from switchkd.training.conversations import BrokenRecord, DataError, Reason, picture_of, to_messages
+from switchkd.training.dataset import ConversationDataset, Sample, collator
+from switchkd.training.label_mask import ConversationEncoder
 from switchkd.training.vlm import load_tokenizer, load_vlm
 from switchkd.training.world.vocabulary import IMAGE_TOKEN, train_tokenizer
 

@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from switchkd.cli.main import main
-from switchkd.training.conversations import IGNORED, BrokenRecord, ConversationDataset, Reason, to_messages
+from switchkd.training.alignment import IGNORED
+from switchkd.training.conversations import BrokenRecord, Reason, to_messages
 from switchkd.training.data_check import check_data
 from switchkd.training.data_report import lines, report
 from switchkd.training.data_sources import (
@@ -34,6 +35,8 @@ from switchkd.training.data_sources import (
     Source,
     source_of,
 )
+from switchkd.training.dataset import ConversationDataset
+from switchkd.training.label_mask import model_inputs
 from switchkd.training.picture_check import PicturesUnderCheck
 from switchkd.training.recipe import DataRecipe
 from switchkd.training.stage_data import Selection, StageDataset
@@ -171,7 +174,7 @@ def test_every_broken_record_is_left_out_under_its_reason(
     check: str, data: tuple[Path, dict[str, Reason]], tiny_checkpoint: Path
 ) -> None:
     folder, reasons = data
-    encoder, _ = load_vlm(tiny_checkpoint).inputs(120)
+    encoder, _ = model_inputs(load_vlm(tiny_checkpoint), 120)
     found = check_data(recipe_of(folder, "dirty.jsonl", check=check), encoder, None)
     by_id = {row.id: row.reason for row in found.broken.values() if row.id is not None}
     assert by_id == reasons
@@ -287,7 +290,7 @@ def test_a_picture_that_only_the_resizing_makes_too_large_is_found_before_traini
     assert found["left_out"] == {Reason.TOO_LARGE: 1}
     (row,) = map(json.loads, (tmp_path / "all.jsonl").read_text().splitlines())
     assert "a.jpg: 1600 x 8 is too narrow: resized to 140000 x 700 as the model wants it" in row["detail"]
-    encoder, preprocessing = load_vlm(checkpoint).inputs(120)
+    encoder, preprocessing = model_inputs(load_vlm(checkpoint), 120)
     dataset = ConversationDataset(records, tmp_path / "pictures", encoder, preprocessing)
     assert dataset[1].pixels_CHW is not None
     with pytest.raises(BrokenRecord, match="too narrow") as caught:
@@ -306,7 +309,7 @@ def test_a_picture_lost_while_training_is_replaced_by_a_sample_that_teaches_noth
 ) -> None:
     monkeypatch.setattr("switchkd.training.stage_data.WAITS", (0.0,))
     recipe = recipe_of(data[0], "clean.json")
-    encoder, preprocessing = load_vlm(tiny_checkpoint).inputs(120)
+    encoder, preprocessing = model_inputs(load_vlm(tiny_checkpoint), 120)
     found = check_data(recipe, encoder, None)
     selection = Selection(found.records, found.length_N, {}, tmp_path / "skipped.jsonl")
     gone = DataRecipe(recipe.records, str(tmp_path), max_broken=0.01)
@@ -374,7 +377,7 @@ def test_the_command_reports_and_its_exit_code_says_whether_to_train(
     count = len(reasons) + 2
     assert (found["stages"], found["records"], found["trained_on"]) == (["sft"], GOOD + 6 + count, GOOD + 6)
     assert sum(found["left_out"].values()) == count == len(listed.read_text().splitlines())
-    encoder, _ = load_vlm(tiny_checkpoint).inputs(120)
+    encoder, _ = model_inputs(load_vlm(tiny_checkpoint), 120)
     clean = json.loads((folder / "clean.json").read_text())
     samples = [encoder.encode(to_messages(record)) for record in clean]
     assert found["tokens"]["all"] == sum(len(ids) for ids, _ in samples)
@@ -392,11 +395,11 @@ def test_the_command_reports_and_its_exit_code_says_whether_to_train(
 def test_truncated_conversations_and_the_histogram_are_counted(
     data: tuple[Path, dict[str, Reason]], tiny_checkpoint: Path
 ) -> None:
-    whole, _ = load_vlm(tiny_checkpoint).inputs()
+    whole, _ = model_inputs(load_vlm(tiny_checkpoint))
     clean = json.loads((data[0] / "clean.json").read_text())
     lengths = [len(whole.encode(to_messages(record))[0]) for record in clean]
     cut = max(lengths) - 2
-    encoder, _ = load_vlm(tiny_checkpoint).inputs(cut)
+    encoder, _ = model_inputs(load_vlm(tiny_checkpoint), cut)
     found = report(check_data(recipe_of(data[0], "clean.json", max_length=cut), encoder, None), cut)
     kept = [length for record, length in zip(clean, lengths, strict=True) if encoder.measure(to_messages(record))[1]]
     tokens = found["tokens"]

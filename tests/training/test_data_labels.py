@@ -7,8 +7,10 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from switchkd.training.alignment import IGNORED
 from switchkd.training.chat_templates import reading_parts
-from switchkd.training.conversations import IGNORED, ConversationEncoder, to_messages
+from switchkd.training.conversations import to_messages
+from switchkd.training.label_mask import ConversationEncoder
 
 DEFAULT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 # As in Qwen2.5's tokenizer_config.json, its part for tools included.

@@ -12,9 +12,12 @@ from PIL import Image
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from switchkd.cli.main import main
-from switchkd.training.conversations import IGNORED, DataError, Reason, Sample, collator
+from switchkd.training.alignment import IGNORED
+from switchkd.training.conversations import DataError, Reason
 from switchkd.training.data_check import check_data, percent
+from switchkd.training.dataset import Sample, collator
 from switchkd.training.distillation import Distillation
+from switchkd.training.label_mask import model_inputs
 from switchkd.training.objectives import build_objective
 from switchkd.training.recipe import DataRecipe
 from switchkd.training.stage_data import LostSamples, Selection, StageDataset
@@ -96,7 +99,7 @@ def test_a_sample_that_is_refused_while_training_is_no_fault_of_the_disk(
     monkeypatch.setattr("switchkd.training.stage_data.WAITS", (10_000.0,))  # once more is never
     recipe = DataRecipe([str(sound / "records.json")], str(sound / "pictures"))
     found = check_data(recipe, None, None)
-    encoder, preprocessing = load_vlm(tiny_checkpoint).inputs(9)
+    encoder, preprocessing = model_inputs(load_vlm(tiny_checkpoint), 9)
     dataset = StageDataset(
         Selection(found.records, found.length_N, {}, tmp_path / "skipped.jsonl"), recipe, encoder, preprocessing
     )

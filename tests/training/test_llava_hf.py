@@ -25,7 +25,9 @@ from transformers import (
 )
 
 from switchkd.cli.main import main
-from switchkd.training.conversations import IGNORED, BrokenRecord, ConversationEncoder
+from switchkd.training.alignment import IGNORED
+from switchkd.training.conversations import BrokenRecord
+from switchkd.training.label_mask import ConversationEncoder, model_inputs
 from switchkd.training.vlm import ModelError, build_vlm, load_vlm, train_only
 from switchkd.training.world.dataset import WorldSettings, write_world
 
@@ -201,7 +203,7 @@ def test_llava_15_loads_as_it_is(old: bool, tmp_path: Path) -> None:
     assert prompt == "USER: <image>\nWhat is it? ASSISTANT:"
     inputs = processor(text=prompt, images=Image.new("RGB", (30, 40), "red"), return_tensors="pt")
     # Training spells the prompt as transformers does: BOS, and the image token once for every visual token.
-    assert vlm.inputs()[0].encode_prompt(question) == inputs["input_ids"][0].tolist()
+    assert model_inputs(vlm)[0].encode_prompt(question) == inputs["input_ids"][0].tolist()
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
 
 
@@ -234,7 +236,7 @@ def test_interleave_reads_its_last_layer_and_every_feature(tmp_path: Path) -> No
     assert vlm.processor.apply_chat_template([{"role": "user", "content": "<image>\nWhat?"}]) in prompt
     # The norm behind the last layer is not read, and so takes no gradient: DDP would wait for it.
     train_only(vlm.model, ("encoder",))
-    ids = torch.tensor([vlm.inputs()[0].encode_prompt(question)])
+    ids = torch.tensor([model_inputs(vlm)[0].encode_prompt(question)])
     vlm.model(input_ids=ids, pixel_values=torch.randn(1, 3, 24, 24)).logits.sum().backward()
     for name, parameter in vlm.model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name

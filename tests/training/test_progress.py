@@ -17,7 +17,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from switchkd.cli.main import main
 from switchkd.training import progress
-from switchkd.training.conversations import ConversationEncoder, to_messages
+from switchkd.training.conversations import to_messages
+from switchkd.training.label_mask import ConversationEncoder, model_inputs
 from switchkd.training.progress import StageProgress, TensorBoard, read_log, terms_of, training_rows
 from switchkd.training.spread import BINS, count_k, quantiles
 from switchkd.training.vlm import load_vlm
@@ -78,7 +79,7 @@ def test_a_log_says_how_fast_how_large_and_how_long(out: Path, world: Path, tiny
             assert 3 <= row[f"{who}_p10"] <= row[f"{who}_p50"] <= row[f"{who}_p90"]
             assert row[f"{who}_p10"] <= row[who] <= 1.5 * row[f"{who}_p90"]
     assert rows[-1]["seconds_left"] == 0 < rows[0]["seconds_left"]
-    encoder: ConversationEncoder = load_vlm(tiny_checkpoint).inputs()[0]
+    encoder: ConversationEncoder = model_inputs(load_vlm(tiny_checkpoint))[0]
     samples = [encoder.encode(to_messages(record)) for record in json.loads((world / "train.json").read_text())]
     assert sum(row["tokens"] for row in rows) == sum(len(ids) for ids, _ in samples)
     supervised = sum(label != -100 for _, labels in samples for label in labels)

@@ -28,6 +28,7 @@ from transformers import (
 from switchkd.cli.main import main
 from switchkd.export.projectors import Ldpv2LlavaForConditionalGeneration, Ldpv2Projector, pooling_weights
 from switchkd.training.dry_run import shrink
+from switchkd.training.label_mask import model_inputs
 from switchkd.training.recipe import ModelRecipe, load_recipe
 from switchkd.training.switch import visual_features, visual_tokens
 from switchkd.training.vlm import ModelError, Vlm, build_vlm, load_vlm, parts
@@ -196,13 +197,13 @@ def test_inputs_are_what_training_and_evaluation_read(folder: Path) -> None:
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
     ]
-    encoder, preprocessing = vlm.inputs()
+    encoder, preprocessing = model_inputs(vlm)
     ids = encoder.encode_prompt(messages)
     assert ids.count(vlm.model.config.image_token_index) == 4
     assert preprocessing.output_size == (72, 72)
     answered = [*messages, {"role": "assistant", "content": "red"}]
     whole = len(encoder.encode(answered)[0])
-    assert len(vlm.inputs(max_length=whole - 1)[0].encode(answered)[0]) == whole - 1
+    assert len(model_inputs(vlm, max_length=whole - 1)[0].encode(answered)[0]) == whole - 1
 
 
 # --- refusals ---

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from switchkd.cli.main import main
-from switchkd.training.hashes import DigestMemory
+from switchkd.training.digest_memory import DigestMemory
 from switchkd.training.progress import training_rows
 from switchkd.training.recipe import RecipeError, load_recipe
 from switchkd.training.stages import check_kept, finished_stages

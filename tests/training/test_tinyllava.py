@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from switchkd.cli.main import main
-from switchkd.training.conversations import IGNORED
+from switchkd.training.alignment import IGNORED
+from switchkd.training.label_mask import model_inputs
 from switchkd.training.switch import check_tokenizers
 from switchkd.training.vlm import build_vlm, load_vlm
 
@@ -265,7 +266,7 @@ def test_training_on_it_supervises_the_answers_as_tinyllava_does(tmp_path: Path)
     ]
     messages += [{"role": "assistant", "content": ANSWER}, {"role": "user", "content": "And now?"}]
     messages += [{"role": "assistant", "content": "Three."}]
-    ids, labels = vlm.inputs()[0].encode(messages)
+    ids, labels = model_inputs(vlm)[0].encode(messages)
     supervised = [label for label in labels if label != IGNORED]
     expected = [
         token

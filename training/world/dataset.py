@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from .questions import KINDS, Balancer, Question, caption, text_only
 from .scenes import SPLITS, Scene, draw, random_scene
 
@@ -42,6 +44,14 @@ class WorldSettings:
         for name in ("train_pictures", "validation_questions", "test_questions", "questions_per_picture"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; a world needs at least 1")
+
+
+def draw_world(folder: Path, settings: WorldSettings) -> None:
+    """Write a world with a progress bar, unless it is there."""
+    if is_written(folder, settings):
+        return
+    with tqdm(total=picture_count(settings), desc="pictures", disable=None, unit="picture") as bar:
+        write_world(folder, settings, bar.update)
 
 
 def write_world(folder: Path, settings: WorldSettings, advance: Callable[[], object] = lambda: None) -> Path:

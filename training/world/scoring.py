@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from ..evaluation import generate_answers
+from ..vlm import load_vlm
 
 
 @dataclass(frozen=True)
@@ -62,4 +67,19 @@ def prior_by_kind(records: Sequence[dict[str, Any]]) -> dict[str, float]:
         kind: sum(max(counts.values()) for counts in templates.values())
         / sum(sum(counts.values()) for counts in templates.values())
         for kind, templates in facts.items()
+    }
+
+
+def score_checkpoint(checkpoint: Path, world: Path) -> dict[str, object]:
+    """Accuracy over the test questions, by kind, and what guessing reaches."""
+    records = json.loads((world / "test.json").read_text())
+    answers = generate_answers(load_vlm(checkpoint), records, world / "pictures", title="test questions")
+    result = score(answers, records)
+    return {
+        "accuracy": result.accuracy,
+        "above_prior": result.above_prior,
+        "by_kind": result.by_kind,
+        "prior": result.prior,
+        "prior_by_kind": result.prior_by_kind,
+        "test_questions": len(records),
     }

@@ -10,7 +10,8 @@ from pathlib import Path
 from ..recipe import RecipeError
 from ..terminal import quiet_libraries
 from ..vlm import ModelError
-from .dataset import WorldSettings
+from .dataset import WorldSettings, draw_world
+from .scoring import score_checkpoint
 
 ERRORS: tuple[type[Exception], ...] = (RecipeError, ModelError)
 PARTS_WORLD = WorldSettings(train_pictures=24_000)
@@ -56,37 +57,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         sys.stdout.write(json.dumps(score_checkpoint(args.checkpoint, args.world), indent=1) + "\n")
     return 0
-
-
-def draw_world(folder: Path, settings: WorldSettings) -> None:
-    """Write a world with a progress bar, unless it is there."""
-    from tqdm.auto import tqdm
-
-    from .dataset import is_written, picture_count, write_world
-
-    if is_written(folder, settings):
-        return
-    with tqdm(total=picture_count(settings), desc="pictures", disable=None, unit="picture") as bar:
-        write_world(folder, settings, bar.update)
-
-
-def score_checkpoint(checkpoint: Path, world: Path) -> dict[str, object]:
-    """Accuracy over the test questions, by kind, and what guessing reaches."""
-    from ..evaluation import generate_answers
-    from ..vlm import load_vlm
-    from .scoring import score
-
-    records = json.loads((world / "test.json").read_text())
-    answers = generate_answers(load_vlm(checkpoint), records, world / "pictures", title="test questions")
-    result = score(answers, records)
-    return {
-        "accuracy": result.accuracy,
-        "above_prior": result.above_prior,
-        "by_kind": result.by_kind,
-        "prior": result.prior,
-        "prior_by_kind": result.prior_by_kind,
-        "test_questions": len(records),
-    }
 
 
 def _say(text: str) -> None:

@@ -1,19 +1,14 @@
-"""SHA-256 of files, by which checkpoints, downloads, records and models are known again."""
+"""SHA-256 of large files, remembered beside them."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
 
+from switchkd.export.digests import sha256
+
 _BLOB = re.compile(r"[0-9a-f]{64}")
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class DigestMemory:
