@@ -4,9 +4,9 @@ from switchkd.export.bundle import BundleError
 from switchkd.export.pixels import Picture, PictureError
 from switchkd.export.prompt import Message, PromptError
 
-from .conversation import ConversationError
-from .engine import MAX_NEW_TOKENS, Answer, AnswerStream, Engine, Seconds
-from .sampling import Sampling, SamplingError
+from .engine.conversation import ConversationError
+from .engine.engine import MAX_NEW_TOKENS, Answer, AnswerStream, Engine, Seconds
+from .engine.sampling import Sampling, SamplingError
 
 __all__ = [
     "MAX_NEW_TOKENS",

@@ -25,7 +25,7 @@ from switchkd.export.precisions import PRECISIONS
 from switchkd.export.reference import TorchReference
 from switchkd.export.verification import GraphRunError, GraphRunner, ValuesError
 from switchkd.serve import Engine
-from switchkd.serve.graph_session import MissingOperatorError
+from switchkd.serve.engine.graph_session import MissingOperatorError
 
 QUESTION = "How many red circles are there?"
 

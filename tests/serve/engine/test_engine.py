@@ -141,7 +141,7 @@ def test_a_pillow_image_is_turned_and_refused_as_its_file_is(
 
 
 def test_only_the_latest_pictures_are_remembered(tiny_bundle: Path, pictures: list[Image.Image]) -> None:
-    from switchkd.serve.picture_encoder import PictureEncoder
+    from switchkd.serve.engine.picture_encoder import PictureEncoder
 
     encoder = PictureEncoder(Engine.open(tiny_bundle, "fp32").bundle, threads=1, remember=2)
     one, two, three = (encoder.pixels(picture) for picture in pictures)

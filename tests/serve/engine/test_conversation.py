@@ -7,7 +7,7 @@ import pytest
 
 from switchkd.export.prompt import PromptError, render_chat
 from switchkd.serve import Engine, Message
-from switchkd.serve.conversation import PromptTokens
+from switchkd.serve.engine.conversation import PromptTokens
 from switchkd.training.label_mask import model_inputs
 from switchkd.training.vlm import load_vlm
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from switchkd.serve.text_stream import TextStream
+from switchkd.serve.engine.text_stream import TextStream
 
 WORDS = "Grüße aus 東京 😀 👩‍👩‍👧 naïve"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from switchkd.serve import Sampling, SamplingError
-from switchkd.serve.sampling import Sampler
+from switchkd.serve.engine.sampling import Sampler
 
 LOGITS = np.log(np.array([0.5, 0.1, 0.3, 0.07, 0.03], dtype=np.float32))
 

@@ -25,8 +25,8 @@ from switchkd.export.generation_settings import (
     not_obeyed,
 )
 from switchkd.serve import MAX_NEW_TOKENS, BundleError, Engine, Sampling
-from switchkd.serve.sampling import Sampler
-from switchkd.serve.token_rules import TokenRules
+from switchkd.serve.engine.sampling import Sampler
+from switchkd.serve.engine.token_rules import TokenRules
 
 QUESTION = "What colour is the square on the left?"
 NEW = 24
