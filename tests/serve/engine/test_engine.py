@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from switchkd.export.bundle import Bundle
 from switchkd.serve import BundleError, ConversationError, Engine, Message, PictureError, PromptError, Sampling
 
 TorchAnswer = Callable[[Any, list[Image.Image], int], tuple[int, ...]]
@@ -227,8 +229,8 @@ def test_settings_that_make_no_sense_are_refused(tiny_bundle: Path, engine: Engi
 
 
 def test_a_template_that_refuses_says_so(tiny_bundle: Path) -> None:
-    engine = Engine.open(tiny_bundle, "fp32", threads=1)
-    object.__setattr__(engine.bundle, "chat_template", "{{ raise_exception('users only') }}")
+    bundle = replace(Bundle.open(tiny_bundle, "fp32"), chat_template="{{ raise_exception('users only') }}")
+    engine = Engine(bundle, threads=1)
     with pytest.raises(PromptError, match="users only"):
         engine.stream(QUESTION)
 
