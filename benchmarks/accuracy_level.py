@@ -23,12 +23,12 @@ import torch
 from onnx import numpy_helper
 from onnxruntime.quantization import QuantType
 
-from switchkd.export.bundle import DECODER, Bundle
-from switchkd.export.calibration import feeds, read_calibration
-from switchkd.export.graphs import quiet
-from switchkd.export.onnx_graph import OnnxGraph, Storage
-from switchkd.export.verification import GraphRunner
-from switchkd.export.weight_only import Tool, blocks_of_4_bits, dynamic, quantize
+from switchkd.export.contract.bundle import DECODER, Bundle
+from switchkd.export.graphs.onnx_graph import OnnxGraph, Storage
+from switchkd.export.graphs.tracing import quiet
+from switchkd.export.quantisation.weight_only import Tool, blocks_of_4_bits, dynamic, quantize
+from switchkd.export.search.calibration import feeds, read_calibration
+from switchkd.export.verification.graph_runner import GraphRunner
 
 from .measuring import describe_machine, times_ms
 

@@ -20,15 +20,15 @@ import onnx
 import onnxruntime
 from onnx import numpy_helper
 
-from switchkd.export.activations import record_activations
-from switchkd.export.bundle import DECODER, VISION_ENCODER, Bundle
-from switchkd.export.calibration import Calibration, feeds, read_calibration
-from switchkd.export.graphs import quiet
-from switchkd.export.onnx_graph import OnnxGraph, Storage
-from switchkd.export.parts import parts_in
-from switchkd.export.precisions import CALIBRATED, METHODS, change_parts
-from switchkd.export.verification import GraphRunner
-from switchkd.export.weight_only import constant_matrices
+from switchkd.export.contract.bundle import DECODER, VISION_ENCODER, Bundle
+from switchkd.export.graphs.onnx_graph import OnnxGraph, Storage
+from switchkd.export.graphs.parts import parts_in
+from switchkd.export.graphs.tracing import quiet
+from switchkd.export.quantisation.activations import record_activations
+from switchkd.export.quantisation.precisions import CALIBRATED, METHODS, change_parts
+from switchkd.export.quantisation.weight_only import constant_matrices
+from switchkd.export.search.calibration import Calibration, feeds, read_calibration
+from switchkd.export.verification.graph_runner import GraphRunner
 
 OUTLIERS = [3, 40, 77]
 

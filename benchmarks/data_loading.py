@@ -27,7 +27,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks.measuring import cpu_peak_mib, spread
-from switchkd.export.pixels import Preprocessing
+from switchkd.export.contract.pixels import Preprocessing
 from switchkd.training.dataset import ConversationDataset, collator
 from switchkd.training.label_mask import ConversationEncoder
 from switchkd.training.records import read_records

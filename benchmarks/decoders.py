@@ -22,12 +22,12 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.siglip import SiglipVisionConfig
 
-from switchkd.export.bundle import DECODER, CacheShape, ModelFacts
-from switchkd.export.fused_decoder import FusedDecoder
-from switchkd.export.graphs import PortableDecoder, quiet
-from switchkd.export.onnx_graph import OnnxGraph, Storage
-from switchkd.export.precisions import Precision, choose_precisions
-from switchkd.export.weight_only import round_activations
+from switchkd.export.contract.bundle import DECODER, CacheShape, ModelFacts
+from switchkd.export.graphs.fused_decoder import FusedDecoder
+from switchkd.export.graphs.onnx_graph import OnnxGraph, Storage
+from switchkd.export.graphs.tracing import PortableDecoder, quiet
+from switchkd.export.quantisation.precisions import Precision, choose_precisions
+from switchkd.export.quantisation.weight_only import round_activations
 
 from .measuring import describe_machine, spread, times_ms
 

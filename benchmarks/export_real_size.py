@@ -25,9 +25,9 @@ from transformers.models.siglip import SiglipImageProcessorPil, SiglipVisionConf
 
 from switchkd.cli.main import main as switchkd
 from switchkd.export.assembly import DECODERS, export_checkpoint
-from switchkd.export.memory import return_freed_blocks
-from switchkd.export.precisions import PRECISIONS
-from switchkd.export.projectors import GRID, MLP, llava_class, tokens_per_picture
+from switchkd.export.llava.projectors import GRID, MLP, llava_class, tokens_per_picture
+from switchkd.export.process.memory import return_freed_blocks
+from switchkd.export.quantisation.precisions import PRECISIONS
 from switchkd.training.model_sizes import PUBLISHED
 from switchkd.training.vlm import make_processor, visual_settings
 

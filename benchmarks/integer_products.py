@@ -14,9 +14,9 @@ from pathlib import Path
 import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from switchkd.export.bundle import WEIGHTS
-from switchkd.export.integer_products import ASK_FOR_EXACT, products_are_exact
-from switchkd.export.weight_only import dynamic
+from switchkd.export.contract.bundle import WEIGHTS
+from switchkd.export.contract.integer_products import ASK_FOR_EXACT, products_are_exact
+from switchkd.export.quantisation.weight_only import dynamic
 
 from .accuracy_level import Form, measure
 

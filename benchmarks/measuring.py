@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from switchkd.export.processor import processor_features, processor_name
+from switchkd.export.contract.processor import processor_features, processor_name
 
 MIB = 2**20
 # Runs a forward and a backward; what it returns is the caller's business.

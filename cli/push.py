@@ -129,7 +129,7 @@ def _problems(folder: Path, name: str) -> list[str]:
 
 def _load(folder: Path) -> tuple[str, tuple[str, ...]]:
     """Load the folder as whoever downloads it would; returns its kind, and notes. Raises PushError."""
-    from switchkd.export.bundle import MANIFEST, Bundle, BundleError, read_manifest
+    from switchkd.export.contract.bundle import MANIFEST, Bundle, BundleError, read_manifest
 
     if (folder / MANIFEST).is_file():
         try:

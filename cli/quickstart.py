@@ -158,11 +158,11 @@ def _train(plan: Plan, arm: str, seed: int, clock: Clock) -> None:
 
 def _export(plan: Plan, clock: Clock) -> None:
     from switchkd.export.assembly import export_checkpoint
-    from switchkd.export.bundle import INT7
-    from switchkd.export.digests import sha256
-    from switchkd.export.manifest import FORMAT_VERSION
-    from switchkd.export.mixing import MixOptions
-    from switchkd.export.parity import PAIRS
+    from switchkd.export.contract.bundle import INT7
+    from switchkd.export.contract.manifest import FORMAT_VERSION
+    from switchkd.export.folders.digests import sha256
+    from switchkd.export.search.mix_options import MixOptions
+    from switchkd.export.verification.parity import PAIRS
 
     bundle, marker = plan.out / "bundle", plan.out / "bundle.source.json"
     weights = sha256(plan.out / "student_switch_kd" / "model.safetensors")

@@ -86,7 +86,7 @@ def _checkpoint(folder: Path, records: Records, pictures: Path, name: str) -> di
 def _bundle(folder: Path, precision: str, records: Records, pictures: Path) -> dict[str, Any]:
     from tqdm.auto import tqdm
 
-    from switchkd.export.bundle import GRAPHS
+    from switchkd.export.contract.bundle import GRAPHS
     from switchkd.serve import Engine
     from switchkd.training.conversations import to_messages
 
@@ -105,7 +105,7 @@ def _bundle(folder: Path, precision: str, records: Records, pictures: Path) -> d
 def _report(
     measured: dict[str, dict[str, Any]], records: Records, arms: Sequence[str], seeds: int, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    from switchkd.export.speed import this_machine
+    from switchkd.export.verification.speed import this_machine
 
     scores = {name: score(result["answers"], records) for name, result in measured.items()}
     report: dict[str, Any] = {

@@ -9,7 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .bundle import (
+from .card.card import write_card
+from .card.licence import licence_files, stated_licence
+from .card.ort_files import check_ort_files, write_ort_files
+from .contract.bundle import (
     CHAT_TEMPLATE,
     DECODER,
     EXACT,
@@ -23,28 +26,25 @@ from .bundle import (
     Manifest,
     ModelFacts,
 )
-from .calibration import Calibration
-from .card import write_card
-from .checkpoint import Checkpoint, open_checkpoint
-from .digests import sha256
-from .fused_decoder import FusedDecoder
-from .graphs import EmbedTokens, ExportError, GraphDescription, PortableDecoder, VisionEncoder, quiet
-from .licence import licence_files, stated_licence
-from .mixing import Mixing, MixOptions
-from .onnx_graph import OnnxGraph, Storage
-from .ort_files import check_ort_files, write_ort_files
-from .out_folder import making
-from .overflow import Overflow
-from .parity import PAIRS, Expected, Pairs, SamplePrompt, check_pairs, compare, record, sample_prompts
-from .precisions import MIXED, Precision, choose_precisions, dtype_of, precision_of
-from .progress import Progress as Progress
-from .progress import Steps
-from .prompt import write_tokenizer
-from .reference import TorchReference
-from .speed import measure_variants
-from .variants import Variants
-from .verification import GraphRunner, exercise
-from .weight_only import integer_weights, round_activations
+from .contract.prompt import write_tokenizer
+from .folders.digests import sha256
+from .folders.out_folder import making
+from .graphs.checkpoint import Checkpoint, open_checkpoint
+from .graphs.fused_decoder import FusedDecoder
+from .graphs.onnx_graph import OnnxGraph, Storage
+from .graphs.tracing import EmbedTokens, ExportError, GraphDescription, PortableDecoder, VisionEncoder, quiet
+from .process.progress import Progress as Progress
+from .process.progress import Steps
+from .quantisation.precisions import MIXED, Precision, choose_precisions, dtype_of, precision_of
+from .quantisation.weight_only import integer_weights, round_activations
+from .search.calibration import Calibration
+from .search.mix_options import Mixing, MixOptions
+from .search.overflow import Overflow
+from .search.variants import Variants
+from .verification.graph_runner import GraphRunner, exercise
+from .verification.parity import PAIRS, Expected, Pairs, SamplePrompt, check_pairs, compare, record, sample_prompts
+from .verification.reference import TorchReference
+from .verification.speed import measure_variants
 
 DEFAULT_PRECISIONS = ("fp32", "int8")
 # What `--decoder` names. With both, the portable one has the name by which transformers.js finds it.

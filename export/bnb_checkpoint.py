@@ -11,14 +11,14 @@ import torch
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 from .assembly import Progress, sample_source
-from .checkpoint import Checkpoint, open_checkpoint
-from .graphs import ExportError, quiet
-from .out_folder import making
-from .parity import MAX_NEW_TOKENS, Difference, Expected, SamplePrompt, record
-from .projectors import llava_class
-from .prompt import write_tokenizer
-from .reference import TorchReference
-from .verification import ValuesError
+from .contract.prompt import write_tokenizer
+from .folders.out_folder import making
+from .graphs.checkpoint import Checkpoint, open_checkpoint
+from .graphs.tracing import ExportError, quiet
+from .llava.projectors import llava_class
+from .verification.graph_runner import ValuesError
+from .verification.parity import MAX_NEW_TOKENS, Difference, Expected, SamplePrompt, record
+from .verification.reference import TorchReference
 
 # Matched from the beginning of a module's full name. These stay as they are: a picture's features and the choice among
 # tokens suffer most, and save least.

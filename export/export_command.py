@@ -7,16 +7,16 @@ from typing import Any
 
 from .assembly import DECODERS, DEFAULT_PRECISIONS, export_checkpoint
 from .bnb_checkpoint import export_bnb
-from .bundle import PORTABLE, BundleError
-from .calibration import PAIRS as CALIBRATION_PAIRS
-from .graphs import ExportError
-from .memory import return_freed_blocks
-from .mixing import MAX_DROP, MixOptions
-from .onnx_graph import Storage
-from .parity import PAIRS
-from .precisions import MIXED, parse_parts
-from .prompt import PromptError
-from .verification import VerificationError
+from .contract.bundle import PORTABLE, BundleError
+from .contract.prompt import PromptError
+from .graphs.onnx_graph import Storage
+from .graphs.tracing import ExportError
+from .process.memory import return_freed_blocks
+from .quantisation.precisions import MIXED, parse_parts
+from .search.calibration import PAIRS as CALIBRATION_PAIRS
+from .search.mix_options import MAX_DROP, MixOptions
+from .verification.graph_runner import VerificationError
+from .verification.parity import PAIRS
 from .verify_command import add_full, show_progress, verify_bundle
 
 ERRORS: tuple[type[Exception], ...] = (ExportError, VerificationError, BundleError, PromptError)

@@ -5,21 +5,21 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from .bundle import INT7, INT8, PORTABLE, Bundle, BundleError, GraphFile, Manifest
-from .checkpoint import Checkpoint, open_checkpoint
-from .graphs import ExportError
-from .integer_products import ASK_FOR_EXACT, products_are_exact
-from .memory import return_freed_blocks
-from .mobile import check_mobile
-from .onnx_graph import OnnxGraph
-from .ort_files import check_ort_files, has_ort_files
-from .parity import Expected, Pairs, check_pairs, check_scores, compare, record, recorded_pairs
-from .precisions import MIXED, PRECISIONS, precision_of
-from .progress import Steps
-from .prompt import PromptError
-from .reference import TorchReference
-from .verification import GraphRunner, ValuesError, VerificationError, exercise
-from .weight_only import integer_weights
+from .card.mobile_checker import check_mobile
+from .card.ort_files import check_ort_files, has_ort_files
+from .contract.bundle import INT7, INT8, PORTABLE, Bundle, BundleError, GraphFile, Manifest
+from .contract.integer_products import ASK_FOR_EXACT, products_are_exact
+from .contract.prompt import PromptError
+from .graphs.checkpoint import Checkpoint, open_checkpoint
+from .graphs.onnx_graph import OnnxGraph
+from .graphs.tracing import ExportError
+from .process.memory import return_freed_blocks
+from .process.progress import Steps
+from .quantisation.precisions import MIXED, PRECISIONS, precision_of
+from .quantisation.weight_only import integer_weights
+from .verification.graph_runner import GraphRunner, ValuesError, VerificationError, exercise
+from .verification.parity import Expected, Pairs, check_pairs, check_scores, compare, record, recorded_pairs
+from .verification.reference import TorchReference
 
 ERRORS: tuple[type[Exception], ...] = (BundleError, VerificationError, ExportError, PromptError)
 

@@ -1,8 +1,8 @@
 """Serving: a bundle folder, pictures and messages in, streamed answers out; never imports torch."""
 
-from switchkd.export.bundle import BundleError
-from switchkd.export.pixels import Picture, PictureError
-from switchkd.export.prompt import Message, PromptError
+from switchkd.export.contract.bundle import BundleError
+from switchkd.export.contract.pixels import Picture, PictureError
+from switchkd.export.contract.prompt import Message, PromptError
 
 from .engine.conversation import ConversationError
 from .engine.engine import MAX_NEW_TOKENS, Answer, AnswerStream, Engine, Seconds

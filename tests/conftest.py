@@ -294,9 +294,9 @@ def tokenizer_kind(
     from transformers import AutoTokenizer
 
     from switchkd.export import assembly
-    from switchkd.export.bundle import MANIFEST, Bundle, read_manifest
-    from switchkd.export.card import write_card
-    from switchkd.export.checkpoint import open_checkpoint
+    from switchkd.export.card.card import write_card
+    from switchkd.export.contract.bundle import MANIFEST, Bundle, read_manifest
+    from switchkd.export.graphs.checkpoint import open_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="tokenizer-kind-") as holder:
         checkpoint, cutting, bundle = (Path(holder) / name for name in ("checkpoint", "cutting", "bundle"))

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from switchkd.export.digests import sha256
+from switchkd.export.folders.digests import sha256
 
 from .ablation import Arm, Matrix
 from .stages import finished_stages

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from switchkd.export.prompt import PromptError, render_chat
+from switchkd.export.contract.prompt import PromptError, render_chat
 
 PROBE = "seven small boats"
 SHOWN = 40  # characters around the place where two prompts part

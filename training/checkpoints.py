@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from switchkd.export.digests import sha256
+from switchkd.export.folders.digests import sha256
 
 MANIFEST = "manifest.json"
 MAKE_ROOM = "make room, and the same command goes on from the last checkpoint"

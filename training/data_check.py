@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from switchkd.export.pixels import Preprocessing
+from switchkd.export.contract.pixels import Preprocessing
 
 from .conversations import BrokenRecord, DataError, grouping_length, picture_of, to_messages
 from .data_sources import SOURCES, source_of

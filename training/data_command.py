@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from switchkd.export.pixels import Preprocessing
-from switchkd.export.projectors import tokens_per_picture
+from switchkd.export.contract.pixels import Preprocessing
+from switchkd.export.llava.projectors import tokens_per_picture
 
 from .conversations import DataError
 from .data_check import check_data, percent

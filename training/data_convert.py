@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from switchkd.export.pixels import PictureError, open_header
+from switchkd.export.contract.pixels import PictureError, open_header
 
 from .conversations import BrokenRecord, DataError, Reason
 from .data_layouts import Converted, to_llava

@@ -20,7 +20,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm.auto import tqdm
 
-from switchkd.export.digests import sha256
+from switchkd.export.folders.digests import sha256
 
 from .conversations import DataError
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from switchkd.export.pixels import PictureError, PictureTooLarge, Preprocessing, read_pixels
+from switchkd.export.contract.pixels import PictureError, PictureTooLarge, Preprocessing, read_pixels
 
 from .alignment import IGNORED
 from .conversations import BrokenRecord, Reason, grouping_length, name_of, picture_of, to_messages

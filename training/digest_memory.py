@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from switchkd.export.digests import sha256
+from switchkd.export.folders.digests import sha256
 
 _BLOB = re.compile(r"[0-9a-f]{64}")
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from switchkd.export.projectors import tokens_per_picture
+from switchkd.export.llava.projectors import tokens_per_picture
 
 from .alignment import at_supervised, respell, supervised, with_blank_picture
 from .objectives import Objective, Positions, Terms, Widths

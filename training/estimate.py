@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from switchkd.export.projectors import tokens_per_picture
+from switchkd.export.llava.projectors import tokens_per_picture
 
 from .distillation import LOGITS_AT_ONCE
 from .fake_step import ACTIVATIONS, BACKWARD, GRADIENTS, LOGITS, Batch, step_bytes, step_flops

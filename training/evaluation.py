@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from switchkd.export.pixels import read_pixels
+from switchkd.export.contract.pixels import read_pixels
 
 from .conversations import to_messages
 from .label_mask import model_inputs

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaConfig
 
-from switchkd.export.projectors import tokens_per_picture
+from switchkd.export.llava.projectors import tokens_per_picture
 
 from .alignment import IGNORED
 from .distillation import Distillation

@@ -23,9 +23,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from switchkd.export.pixels import Preprocessing
-from switchkd.export.projectors import tokens_per_picture
-from switchkd.export.weights import is_unread
+from switchkd.export.contract.pixels import Preprocessing
+from switchkd.export.llava.projectors import tokens_per_picture
+from switchkd.export.llava.weights import is_unread
 
 from .vlm import IMAGE_TOKEN, ModelError, Vlm, add_image_token, make_processor
 

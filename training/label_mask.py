@@ -13,9 +13,9 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from switchkd.export.control_tokens import ControlTokens
-from switchkd.export.pixels import Preprocessing
-from switchkd.export.prompt import PromptError, adds_special_tokens, render_chat
+from switchkd.export.contract.control_tokens import ControlTokens
+from switchkd.export.contract.pixels import Preprocessing
+from switchkd.export.contract.prompt import PromptError, adds_special_tokens, render_chat
 
 from .alignment import IGNORED
 from .conversations import BrokenRecord, DataError, Reason

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlavaConfig, PreTrainedTokenizerBase
 
-from switchkd.export.lfs_pointers import pointer_fault
-from switchkd.export.out_folder import making
-from switchkd.export.weights import is_llavas_own
+from switchkd.export.folders.lfs_pointers import pointer_fault
+from switchkd.export.folders.out_folder import making
+from switchkd.export.llava.weights import is_llavas_own
 
 from .imports import (
     EMBEDDING,

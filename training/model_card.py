@@ -20,7 +20,7 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from switchkd.export.projectors import LDPV2, MLP, tokens_per_picture
+from switchkd.export.llava.projectors import LDPV2, MLP, tokens_per_picture
 
 from .model_sizes import build_without_memory
 from .progress import LOG_NAME, terms_of, training_rows

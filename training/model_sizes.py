@@ -20,7 +20,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from switchkd.export.projectors import ProjectorError, llava_class, tokens_per_picture
+from switchkd.export.llava.projectors import ProjectorError, llava_class, tokens_per_picture
 
 from .recipe import ModelRecipe, Recipe, RecipeError, load_recipe
 from .vlm import ModelError, encoder_config, load_tokenizer, read_config, visual_settings

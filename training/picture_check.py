@@ -20,7 +20,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from switchkd.export.pixels import PictureError, PictureTooLarge, Preprocessing, check_growth, decode, open_header
+from switchkd.export.contract.pixels import (
+    PictureError,
+    PictureTooLarge,
+    Preprocessing,
+    check_growth,
+    decode,
+    open_header,
+)
 
 from .conversations import Reason
 from .recipe import DataRecipe

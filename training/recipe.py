@@ -14,7 +14,7 @@ from typing import Any, Self, get_type_hints
 import yaml
 from transformers import TrainingArguments
 
-from switchkd.export.projectors import GRID, LDPV2, MLP, PROJECTORS
+from switchkd.export.llava.projectors import GRID, LDPV2, MLP, PROJECTORS
 
 from .objectives import OBJECTIVES, build_objective
 from .trainer_keys import ACCUMULATION as ACCUMULATION

@@ -16,7 +16,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from switchkd.export.digests import sha256
+from switchkd.export.folders.digests import sha256
 
 from .conversations import BrokenRecord, DataError, Reason
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.utils.data import get_worker_info
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from switchkd.export.pixels import Preprocessing
+from switchkd.export.contract.pixels import Preprocessing
 
 from .alignment import IGNORED
 from .conversations import BrokenRecord, DataError, Reason

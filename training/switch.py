@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-from switchkd.export.projectors import encoder_tokens, tokens_per_picture
+from switchkd.export.llava.projectors import encoder_tokens, tokens_per_picture
 
 PROBE = "The 3 red circles (left of 'a' square): déjà vu 图片 🙂\n\tWhat is 12 + 7?"
 

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from switchkd.export.lfs_pointers import pointer_fault
-from switchkd.export.out_folder import making
+from switchkd.export.folders.lfs_pointers import pointer_fault
+from switchkd.export.folders.out_folder import making
 
 from .imports import (
     STRATEGIES,

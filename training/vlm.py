@@ -26,9 +26,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from switchkd.export.lfs_pointers import pointer_fault
-from switchkd.export.pixels import Preprocessing
-from switchkd.export.projectors import (
+from switchkd.export.contract.pixels import Preprocessing
+from switchkd.export.contract.prompt import SAVED_CUTS, PromptError, default_template, end_of_turn
+from switchkd.export.folders.lfs_pointers import pointer_fault
+from switchkd.export.llava.projectors import (
     GRID,
     MLP,
     Ldpv2Projector,
@@ -37,8 +38,7 @@ from switchkd.export.projectors import (
     llava_class,
     tokens_per_picture,
 )
-from switchkd.export.prompt import SAVED_CUTS, PromptError, default_template, end_of_turn
-from switchkd.export.weights import IMPORT_LLAVA, is_llavas_own, misfit, without_pooling_head
+from switchkd.export.llava.weights import IMPORT_LLAVA, is_llavas_own, misfit, without_pooling_head
 
 from .chat_templates import reading_parts
 
@@ -78,7 +78,7 @@ class Vlm:
     def save(self, folder: Path) -> None:
         """Write the standard folder: weights, tokenizer, template, processor; plain transformers loads one with an MLP.
 
-        An LDPv2 folder needs `load_vlm`, or the class of switchkd.export.projectors.
+        An LDPv2 folder needs `load_vlm`, or the class of switchkd.export.llava.projectors.
         """
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from tokenizers import Tokenizer
 
-from switchkd.export.bundle import Bundle, BundleError
-from switchkd.export.prompt import Message, PromptEncoder
+from switchkd.export.contract.bundle import Bundle, BundleError
+from switchkd.export.contract.prompt import Message, PromptEncoder
 
 
 class ConversationError(ValueError):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from switchkd.export.bundle import DECODER, EMBED_TOKENS, FUSED, NUM_LOGITS_TO_KEEP, Bundle
+from switchkd.export.contract.bundle import DECODER, EMBED_TOKENS, FUSED, NUM_LOGITS_TO_KEEP, Bundle
 
 from .graph_session import GraphSession, MissingOperatorError
 from .kv_cache import KVCache

@@ -12,10 +12,10 @@ from typing import Literal, Self
 import numpy as np
 from tokenizers import Tokenizer
 
-from switchkd.export.bundle import Bundle, BundleError
-from switchkd.export.generation_settings import GenerationError, GenerationSettings
-from switchkd.export.json_fields import parse_object
-from switchkd.export.prompt import Message, TokenizerError, read_tokenizer
+from switchkd.export.contract.bundle import Bundle, BundleError
+from switchkd.export.contract.generation_settings import GenerationError, GenerationSettings
+from switchkd.export.contract.json_fields import parse_object
+from switchkd.export.contract.prompt import Message, TokenizerError, read_tokenizer
 
 from .conversation import ConversationError, PromptTokens, to_messages
 from .decoder import Decoder, Floats

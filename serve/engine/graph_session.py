@@ -8,8 +8,8 @@ import onnxruntime
 from onnxruntime import OrtValue
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from switchkd.export.bundle import Bundle, BundleError
-from switchkd.export.integer_products import make_exact
+from switchkd.export.contract.bundle import Bundle, BundleError
+from switchkd.export.contract.integer_products import make_exact
 
 # onnxruntime's errors have no common base but Exception.
 _UNUSABLE = (

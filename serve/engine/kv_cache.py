@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from onnxruntime import OrtValue
 
-from switchkd.export.bundle import CacheShape
+from switchkd.export.contract.bundle import CacheShape
 
 
 class KVCache:

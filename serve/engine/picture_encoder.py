@@ -10,9 +10,9 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 
-from switchkd.export.bundle import VISION_ENCODER, Bundle
-from switchkd.export.pixels import Picture as Picture  # as a name of this module too
-from switchkd.export.pixels import read_pixels
+from switchkd.export.contract.bundle import VISION_ENCODER, Bundle
+from switchkd.export.contract.pixels import Picture as Picture  # as a name of this module too
+from switchkd.export.contract.pixels import read_pixels
 
 from .graph_session import GraphSession
 

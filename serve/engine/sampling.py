@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from switchkd.export.generation_settings import GenerationSettings
+from switchkd.export.contract.generation_settings import GenerationSettings
 
 
 class SamplingError(ValueError):

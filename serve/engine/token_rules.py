@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from switchkd.export.generation_settings import GenerationSettings
+from switchkd.export.contract.generation_settings import GenerationSettings
 
 Floats = npt.NDArray[np.float32]
 

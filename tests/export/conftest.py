@@ -10,11 +10,11 @@ import torch
 from transformers import LlavaForConditionalGeneration
 from transformers.models.clip import CLIPVisionConfig
 
-from switchkd.export.bundle import CacheShape, ModelFacts
-from switchkd.export.graphs import VisionEncoder
-from switchkd.export.onnx_graph import OnnxGraph
-from switchkd.export.parts import part_of
-from switchkd.export.weight_only import constant_matrices
+from switchkd.export.contract.bundle import CacheShape, ModelFacts
+from switchkd.export.graphs.onnx_graph import OnnxGraph
+from switchkd.export.graphs.parts import part_of
+from switchkd.export.graphs.tracing import VisionEncoder
+from switchkd.export.quantisation.weight_only import constant_matrices
 
 
 def compare_vision_graph(

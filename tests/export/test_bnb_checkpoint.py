@@ -13,8 +13,8 @@ from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGenerati
 from switchkd.cli.main import main
 from switchkd.export import bnb_checkpoint
 from switchkd.export.bnb_checkpoint import export_bnb
-from switchkd.export.graphs import ExportError
-from switchkd.export.verification import ValuesError
+from switchkd.export.graphs.tracing import ExportError
+from switchkd.export.verification.graph_runner import ValuesError
 
 
 @pytest.fixture(scope="module")

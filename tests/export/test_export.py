@@ -22,14 +22,12 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 
 from switchkd.cli.main import main
 from switchkd.export.assembly import export_checkpoint
-from switchkd.export.bundle import Bundle
-from switchkd.export.graphs import ExportError
-from switchkd.export.onnx_graph import OnnxGraph
-from switchkd.export.parity import compare, record, sample_prompts
-from switchkd.export.pixels import to_pixels
-from switchkd.export.precisions import PRECISIONS, Precision
-from switchkd.export.reference import TorchReference
-from switchkd.export.verification import (
+from switchkd.export.contract.bundle import Bundle
+from switchkd.export.contract.pixels import to_pixels
+from switchkd.export.graphs.onnx_graph import OnnxGraph
+from switchkd.export.graphs.tracing import ExportError
+from switchkd.export.quantisation.precisions import PRECISIONS, Precision
+from switchkd.export.verification.graph_runner import (
     Array,
     AxesError,
     GraphRunError,
@@ -41,6 +39,8 @@ from switchkd.export.verification import (
     ValuesError,
     exercise,
 )
+from switchkd.export.verification.parity import compare, record, sample_prompts
+from switchkd.export.verification.reference import TorchReference
 
 
 def contents(folder: Path) -> dict[str, str]:

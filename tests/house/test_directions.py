@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,50 +11,41 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("cli", "demo", "export", "serve", "training")
 
+# The rooms inside a room, from the top floor to the ground: each imports only from those below it. What lies at the
+# root of a room, its doors and what they put together, stands above them all.
+FLOORS: dict[str, tuple[str, ...]] = {
+    "cli": (),
+    "demo": (),
+    "export": (
+        "card",
+        "search",
+        "verification",
+        "quantisation",
+        "graphs",
+        "contract",
+        "llava",
+        "folders",
+        "process",
+    ),
+    "serve": ("engine",),
+    "training": (),
+}
 # What the rooms share. It runs on boards without torch, so it may import only itself.
-SHARED = (
-    "switchkd.export.bundle",
-    "switchkd.export.control_tokens",
-    "switchkd.export.digests",
-    "switchkd.export.generation_settings",
-    "switchkd.export.integer_products",
-    "switchkd.export.json_fields",
-    "switchkd.export.manifest",
-    "switchkd.export.onnx_wire",
-    "switchkd.export.pixels",
-    "switchkd.export.processor",
-    "switchkd.export.prompt",
-)
-TORCH_FREE_FILES = (
-    "export/__init__.py",
-    "export/bundle.py",
-    "export/control_tokens.py",
-    "export/digests.py",
-    "export/generation_settings.py",
-    "export/integer_products.py",
-    "export/json_fields.py",
-    "export/manifest.py",
-    "export/onnx_wire.py",
-    "export/pixels.py",
-    "export/processor.py",
-    "export/prompt.py",
-)
+SHARED = ("switchkd.export.contract", "switchkd.export.folders")
+TORCH_FREE = ("export/__init__.py", "export/contract/", "export/folders/")
 TORCH_AND_KIN = ("torch", "transformers", "accelerate", "deepspeed", "onnx", "onnxscript", "optimum", "datasets")
 
 # room -> the modules of other rooms that it may import; a name allows what lies below it only where it ends in ".*"
 OPEN_DOORS: dict[str, tuple[str, ...]] = {
     "training": (
-        "switchkd.export.control_tokens",  # a text is spelled in training as it is when the bundle answers
-        "switchkd.export.digests",
-        "switchkd.export.lfs_pointers",
-        "switchkd.export.out_folder",
-        "switchkd.export.pixels",
-        "switchkd.export.projectors",
-        "switchkd.export.prompt",
-        "switchkd.export.weights",  # both rooms load checkpoints, and refuse by one rule what does not fit
+        "switchkd.export.contract.control_tokens",  # a text is spelled in training as it is when the bundle answers
+        "switchkd.export.contract.pixels",
+        "switchkd.export.contract.prompt",
+        "switchkd.export.folders.*",
+        "switchkd.export.llava.*",  # both rooms load checkpoints, and refuse by one rule what does not fit
     ),
     "export": (),
-    "serve": SHARED,
+    "serve": ("switchkd.export.contract.*",),
     "demo": ("switchkd.serve",),
     "cli": ("switchkd.training.*", "switchkd.export.*", "switchkd.serve.*", "switchkd.demo.*"),
 }
@@ -77,16 +68,17 @@ def objection(room: str, place: str, target: str, is_relative: bool) -> str | No
     """Say why a file of a room may not import the target, or None where it may."""
     if target.partition(".")[0] in ROOMS:
         return "a bare root loads a second copy of the room"
-    if (room in ("serve", "demo") or place in TORCH_FREE_FILES) and target.partition(".")[0] in TORCH_AND_KIN:
+    if (room in ("serve", "demo") or place.startswith(TORCH_FREE)) and target.partition(".")[0] in TORCH_AND_KIN:
         return "this code runs where torch is not installed"
     if not within(target, "switchkd"):
         return None
     if within(target, f"switchkd.{room}"):
         if not is_relative:
             return "imports inside a room are relative"
-        if place in TORCH_FREE_FILES and not any(within(target, name) for name in SHARED):
+        if place.startswith(TORCH_FREE) and not any(within(target, name) for name in SHARED):
             return "the shared, torch-free files may import only one another"
-        return None
+        here, there = floor(room, place.split("/")), floor(room, target.split(".")[1:])
+        return None if here <= there else "a room inside a room imports only from itself and the floors below it"
     if is_relative:
         return "a relative import may not leave its room"
     if place in ("cli/main.py", "cli/__init__.py"):
@@ -96,10 +88,19 @@ def objection(room: str, place: str, target: str, is_relative: bool) -> str | No
     return None
 
 
+def floor(room: str, parts: Sequence[str]) -> int:
+    """Return how many floors of a room lie above a path or dotted name that begins with the room; the root is 0."""
+    inside = parts[1] if len(parts) > 1 else None
+    return FLOORS[room].index(inside) + 1 if inside in FLOORS[room] else 0
+
+
 def imports(path: Path, root: Path) -> Iterator[tuple[int, str, bool]]:
     """Yield (line, absolute dotted target, relative or not) for each import of a file, literal dynamic ones too."""
     package = ("switchkd", *path.relative_to(root).parent.parts)
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    if path.name == "__init__.py":  # it hands names on when they are asked for, and shows them to type checkers
+        tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and is_for_type_checkers(node))]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name, False
@@ -114,6 +115,11 @@ def imports(path: Path, root: Path) -> Iterator[tuple[int, str, bool]]:
             argument = node.args[0]
             if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
                 yield node.lineno, argument.value, argument.value.startswith(".")
+
+
+def is_for_type_checkers(node: ast.If) -> bool:
+    """Tell whether a block never runs."""
+    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def called_name(call: ast.Call) -> str:
@@ -144,21 +150,21 @@ def test_every_import_goes_where_its_room_may() -> None:
         ("serve/engine/engine.py", "from transformers import AutoTokenizer", "torch is not installed"),
         ("serve/engine/engine.py", "import importlib\nimportlib.import_module('torch')", "torch is not installed"),
         ("serve/engine/engine.py", "from switchkd.training.recipe import Recipe", "serve may import only"),
-        ("serve/engine/engine.py", "from switchkd.export.graphs import export", "serve may import only"),
+        ("serve/engine/engine.py", "from switchkd.export.graphs.tracing import export", "serve may import only"),
         ("serve/engine/engine.py", "from switchkd import training", "serve may import only"),
         ("serve/engine/engine.py", "from switchkd.serve.engine.sampling import pick", "inside a room are relative"),
         ("serve/engine/engine.py", "from ...export.bundle import Bundle", "may not leave its room"),
         ("serve/engine/engine.py", "from export.bundle import Bundle", "bare root"),
         ("demo/app.py", "from switchkd.serve.engine.engine import Engine", "demo may import only switchkd.serve"),
-        ("demo/app.py", "from switchkd.export.bundle import Bundle", "demo may import only switchkd.serve"),
+        ("demo/app.py", "from switchkd.export.contract.bundle import Bundle", "demo may import only switchkd.serve"),
         ("demo/app.py", "import torch", "torch is not installed"),
-        ("training/trainer.py", "from switchkd.export.bundle import Bundle", "training may import only"),
+        ("training/trainer.py", "from switchkd.export.contract.bundle import Bundle", "training may import only"),
         ("training/trainer.py", "from switchkd.serve import Engine", "training may import only"),
         ("training/world/scenes.py", "from ...serve import Engine", "may not leave its room"),
-        ("export/graphs.py", "from switchkd.training.vlm import load", "export may import only itself"),
-        ("export/graphs.py", "import switchkd.serve", "export may import only itself"),
-        ("export/bundle.py", "import torch", "torch is not installed"),
-        ("export/bundle.py", "from .graphs import export", "may import only one another"),
+        ("export/graphs/tracing.py", "from switchkd.training.vlm import load", "export may import only itself"),
+        ("export/graphs/tracing.py", "import switchkd.serve", "export may import only itself"),
+        ("export/contract/bundle.py", "import torch", "torch is not installed"),
+        ("export/contract/bundle.py", "from ..graphs import export", "may import only one another"),
         ("export/__init__.py", "from . import graphs", "may import only one another"),
         ("cli/main.py", "def late():\n    from switchkd.serve import Engine", "only when its command is called"),
     ],
@@ -176,12 +182,12 @@ def test_a_planted_wrong_import_is_found(tmp_path: Path, place: str, source: str
     ("place", "source"),
     [
         ("serve/engine/engine.py", "import numpy\nfrom . import sampling\nfrom .sampling import pick"),
-        ("serve/engine/engine.py", "from switchkd.export.bundle import Bundle"),
+        ("serve/engine/engine.py", "from switchkd.export.contract.bundle import Bundle"),
         ("demo/app.py", "import gradio\nfrom switchkd.serve import Engine"),
         ("training/world/dataset.py", "import torch\nfrom ..recipe import Recipe\nfrom .scenes import draw"),
-        ("training/conversations.py", "from switchkd.export.pixels import to_pixels"),
-        ("export/graphs.py", "import torch\nfrom .bundle import Bundle"),
-        ("export/prompt.py", "import jinja2\nfrom .pixels import PictureError"),
+        ("training/conversations.py", "from switchkd.export.contract.pixels import to_pixels"),
+        ("export/graphs/tracing.py", "import torch\nfrom .bundle import Bundle"),
+        ("export/contract/prompt.py", "import jinja2\nfrom .pixels import PictureError"),
         ("cli/quickstart.py", "from switchkd.training.trainer import train\nfrom .main import main"),
     ],
 )

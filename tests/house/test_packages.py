@@ -103,7 +103,7 @@ def test_serve_needs_no_torch() -> None:
 
 def test_the_shared_modules_need_no_torch() -> None:
     done = python(
-        "import switchkd.export.bundle, switchkd.export.control_tokens, switchkd.export.pixels, switchkd.export.prompt",
+        "import switchkd.export, switchkd.export.contract, switchkd.export.folders",
         blocked=("torch", "transformers", "accelerate", "onnx", "onnxruntime"),
     )
     assert done.returncode == 0, done.stderr

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from switchkd.export.bundle import INT7, INT8, UINT8
-from switchkd.export.integer_products import known_factors, known_product
+from switchkd.export.contract.bundle import INT7, INT8, UINT8
+from switchkd.export.contract.integer_products import known_factors, known_product
 
 HERE = Path(__file__).parent
 

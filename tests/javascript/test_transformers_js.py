@@ -21,12 +21,12 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from switchkd.export.assembly import export_checkpoint
-from switchkd.export.bundle import Bundle
-from switchkd.export.mixing import MixOptions
-from switchkd.export.pixels import to_pixels
-from switchkd.export.precisions import dtype_of
-from switchkd.export.reference import TorchReference
-from switchkd.export.verification import GraphRunner
+from switchkd.export.contract.bundle import Bundle
+from switchkd.export.contract.pixels import to_pixels
+from switchkd.export.quantisation.precisions import dtype_of
+from switchkd.export.search.mix_options import MixOptions
+from switchkd.export.verification.graph_runner import GraphRunner
+from switchkd.export.verification.reference import TorchReference
 from switchkd.serve import Engine
 
 HERE = Path(__file__).parent

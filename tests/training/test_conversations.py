@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import LlavaProcessor
 
-from switchkd.export.pixels import Preprocessing
+from switchkd.export.contract.pixels import Preprocessing
 from switchkd.training.alignment import IGNORED
 from switchkd.training.conversations import BrokenRecord, DataError, Reason, picture_of, to_messages
 from switchkd.training.dataset import ConversationDataset, Sample, collator

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from switchkd.cli.main import main
-from switchkd.export.projectors import Ldpv2LlavaForConditionalGeneration, Ldpv2Projector, pooling_weights
+from switchkd.export.llava.projectors import Ldpv2LlavaForConditionalGeneration, Ldpv2Projector, pooling_weights
 from switchkd.training.dry_run import shrink
 from switchkd.training.label_mask import model_inputs
 from switchkd.training.recipe import ModelRecipe, load_recipe

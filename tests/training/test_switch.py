@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from switchkd.export.projectors import tokens_per_picture
+from switchkd.export.llava.projectors import tokens_per_picture
 from switchkd.training.switch import (
     check_pair,
     check_tokenizers,

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, SiglipVisionConfig, SiglipVisionModel
 
-from switchkd.export.pixels import Preprocessing, read_pixels
+from switchkd.export.contract.pixels import Preprocessing, read_pixels
 
 from .scenes import COLOURS, PICTURE_SIDE, POSITIONS, SHAPES
 

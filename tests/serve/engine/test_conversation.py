@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from switchkd.export.prompt import PromptError, render_chat
+from switchkd.export.contract.prompt import PromptError, render_chat
 from switchkd.serve import Engine, Message
 from switchkd.serve.engine.conversation import PromptTokens
 from switchkd.training.label_mask import model_inputs

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from switchkd.export.bundle import Bundle
+from switchkd.export.contract.bundle import Bundle
 from switchkd.serve import BundleError, ConversationError, Engine, Message, PictureError, PromptError, Sampling
 
 TorchAnswer = Callable[[Any, list[Image.Image], int], tuple[int, ...]]

@@ -14,9 +14,8 @@ from PIL import Image
 from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.generation import logits_process
 
-from switchkd.export.bundle import MANIFEST, FileFacts, read_manifest
-from switchkd.export.digests import sha256
-from switchkd.export.generation_settings import (
+from switchkd.export.contract.bundle import MANIFEST, FileFacts, read_manifest
+from switchkd.export.contract.generation_settings import (
     NO_MATTER,
     NOT_OBEYED,
     OBEYED,
@@ -24,6 +23,7 @@ from switchkd.export.generation_settings import (
     GenerationSettings,
     not_obeyed,
 )
+from switchkd.export.folders.digests import sha256
 from switchkd.serve import MAX_NEW_TOKENS, BundleError, Engine, Sampling
 from switchkd.serve.engine.sampling import Sampler
 from switchkd.serve.engine.token_rules import TokenRules
