@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader
 
 from benchmarks.measuring import cpu_peak_mib, spread
 from switchkd.export.contract.pixels import Preprocessing
-from switchkd.training.dataset import ConversationDataset, collator
-from switchkd.training.label_mask import ConversationEncoder
-from switchkd.training.records import read_records
+from switchkd.training.data.dataset import ConversationDataset, collator
+from switchkd.training.data.label_mask import ConversationEncoder
+from switchkd.training.data.records import read_records
 from switchkd.training.world.vocabulary import IMAGE_TOKEN, train_tokenizer
 
 SIZES = ((640, 480), (640, 427), (500, 375), (1024, 768), (336, 500))  # COCO, GQA and VG, TextVQA, book covers

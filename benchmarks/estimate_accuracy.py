@@ -23,9 +23,9 @@ import yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from benchmarks.measuring import MIB, describe_machine
-from switchkd.training.estimate import Cluster, Estimator
-from switchkd.training.recipe import Recipe
-from switchkd.training.vlm import build_vlm
+from switchkd.training.estimate.estimate import Cluster, Estimator
+from switchkd.training.models.vlm import build_vlm
+from switchkd.training.recipe.recipe import Recipe
 from switchkd.training.world.dataset import WorldSettings, write_world
 from switchkd.training.world.encoder_pretraining import write_image_processor
 from switchkd.training.world.scenes import PICTURE_SIDE

@@ -6,7 +6,7 @@ Shapes: N positions, V vocabulary, K tokens compared, P = K(K−1)/2 pairs.
 import torch
 from torch import Tensor
 
-from switchkd.training.dbild import knee_k
+from switchkd.training.objectives.dbild import knee_k
 
 
 def explicit_dbild(

@@ -28,8 +28,8 @@ from switchkd.export.assembly import DECODERS, export_checkpoint
 from switchkd.export.llava.projectors import GRID, MLP, llava_class, tokens_per_picture
 from switchkd.export.process.memory import return_freed_blocks
 from switchkd.export.quantisation.precisions import PRECISIONS
-from switchkd.training.model_sizes import PUBLISHED
-from switchkd.training.vlm import make_processor, visual_settings
+from switchkd.training.models.vlm import make_processor, visual_settings
+from switchkd.training.recipe.model_sizes import PUBLISHED
 
 GB = 1e9
 SIGLIP, CLIP = "google/siglip-so400m-patch14-384", "openai/clip-vit-large-patch14-336"

@@ -20,7 +20,7 @@ from torch.nn.functional import kl_div
 
 from benchmarks.explicit_pairs import explicit_dbild, explicit_pair_kl
 from benchmarks.measuring import Work, cpu_peak_mib, cuda_peak_mib, describe_machine, memory_at_hand, spread, times_ms
-from switchkd.training.dbild import dbild, pair_kl, rank
+from switchkd.training.objectives.dbild import dbild, pair_kl, rank
 
 QWEN_VOCABULARY = 151_936
 METHODS = ("full KL", "DBiLD", "explicit pairs")

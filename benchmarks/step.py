@@ -27,10 +27,10 @@ from transformers.models.siglip import SiglipVisionConfig
 
 from benchmarks.explicit_pairs import explicit_dbild
 from benchmarks.measuring import Work, cpu_peak_mib, cuda_peak_mib, describe_machine, spread, times_ms
-from switchkd.training.distillation import Distillation
-from switchkd.training.estimate import GPU_TFLOPS
+from switchkd.training.estimate.estimate import GPU_TFLOPS
+from switchkd.training.models.distillation import Distillation
+from switchkd.training.models.switch import embed, last_hidden, switch_hidden, visual_features, visual_tokens
 from switchkd.training.objectives import build_objective
-from switchkd.training.switch import embed, last_hidden, switch_hidden, visual_features, visual_tokens
 
 Sizes = dict[str, Any]
 

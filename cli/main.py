@@ -42,7 +42,7 @@ COMMANDS = (
     ),
     Command(
         "world",
-        "switchkd.training.world.world_command",
+        "switchkd.training.world_command",
         "make the built-in picture world: pictures and LLaVA-format questions",
         "train",
         "train",

@@ -140,8 +140,8 @@ def _load(folder: Path) -> tuple[str, tuple[str, ...]]:
         return "bundle", ()
     import torch
 
-    from switchkd.training.terminal import quiet_libraries
-    from switchkd.training.vlm import ModelError, load_vlm
+    from switchkd.training.models.vlm import ModelError, load_vlm
+    from switchkd.training.process.terminal import quiet_libraries
 
     quiet_libraries()
     try:

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 def quickstart(plan: Plan) -> dict[str, Any]:
     """Do the whole thing and return what `report.json` holds."""
-    from switchkd.training.terminal import quiet_libraries
+    from switchkd.training.process.terminal import quiet_libraries
 
     from .quickstart_report import write_report
 
@@ -124,7 +124,7 @@ def _world(plan: Plan, clock: Clock) -> None:
 def _parts(plan: Plan, clock: Clock) -> None:
     from switchkd.training.world.bases import copy_parts, make_parts, store, stored_parts
     from switchkd.training.world.dataset import draw_world
-    from switchkd.training.world.world_command import PARTS_WORLD
+    from switchkd.training.world_command import PARTS_WORLD
 
     if not plan.from_scratch:
         copy_parts(stored_parts(), plan.out)
@@ -142,8 +142,8 @@ def _parts(plan: Plan, clock: Clock) -> None:
 
 
 def _train(plan: Plan, arm: str, seed: int, clock: Clock) -> None:
-    from switchkd.training.recipe import RecipeError, load_recipe
-    from switchkd.training.stages import check_kept, run_recipe
+    from switchkd.training.recipe.recipe import RecipeError, load_recipe
+    from switchkd.training.runs.stages import check_kept, run_recipe
 
     recipe = load_recipe(f"world/{arm}", [f"root={plan.out}", f"output={plan.folder(seed)}", f"seed={seed}"])
     if plan.steps is not None:
@@ -207,7 +207,7 @@ def _copy_examples(world: Path, folder: Path, count: int = 6) -> None:
 
 
 def _measure(plan: Plan, clock: Clock) -> dict[str, Any]:
-    from switchkd.training.model_card import write_scores
+    from switchkd.training.runs.model_card import write_scores
 
     from .quickstart_measure import measure_all, scores_of
 

@@ -69,8 +69,8 @@ def scores_of(report: dict[str, Any], system: str) -> tuple[dict[str, dict[str, 
 
 
 def _checkpoint(folder: Path, records: Records, pictures: Path, name: str) -> dict[str, Any]:
-    from switchkd.training.evaluation import generate_answers
-    from switchkd.training.vlm import load_vlm
+    from switchkd.training.evaluation.answers import generate_answers
+    from switchkd.training.models.vlm import load_vlm
 
     vlm = load_vlm(folder)
     answers = generate_answers(vlm, records, pictures, max_new_tokens=MAX_NEW_TOKENS, title=name)
@@ -88,7 +88,7 @@ def _bundle(folder: Path, precision: str, records: Records, pictures: Path) -> d
 
     from switchkd.export.contract.bundle import GRAPHS
     from switchkd.serve import Engine
-    from switchkd.training.conversations import to_messages
+    from switchkd.training.data.conversations import to_messages
 
     engine = Engine.open(folder, precision=precision)
     answers, times = [], []

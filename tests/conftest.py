@@ -115,7 +115,7 @@ def ldpv2_checkpoint(tiny_checkpoint: Path) -> Iterator[Path]:
     """
     import torch
 
-    from switchkd.training.vlm import build_vlm, load_vlm
+    from switchkd.training.models.vlm import build_vlm, load_vlm
 
     with tempfile.TemporaryDirectory(prefix="ldpv2-") as holder:
         folder = Path(holder)

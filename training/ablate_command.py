@@ -9,9 +9,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .ablation import Arm, Matrix, load_matrix
-from .recipe import RecipeError, check_keys
-from .terminal import say, speaks
+from .ablation.matrix import Arm, Matrix, load_matrix
+from .process.terminal import say, speaks
+from .recipe.recipe import RecipeError, check_keys
 from .train_command import ERRORS as TRAIN_ERRORS
 from .train_command import until_stopped
 
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(matrix: Matrix, only: list[str], max_steps: int | None) -> None:
     """Run the arms one after the other; the report on disk is whole after each of them."""
-    from .ablation_report import collect, score_arm, write_report
-    from .stages import run_recipe
+    from .ablation.report import collect, score_arm, write_report
+    from .runs.stages import run_recipe
 
     if matrix.world is not None:
         _check_alone()
@@ -86,8 +86,8 @@ def _run(matrix: Matrix, only: list[str], max_steps: int | None) -> None:
 
 
 def _dry_run(matrix: Matrix, only: list[str]) -> None:
-    from .dry_run import shrink
-    from .stages import run_recipe
+    from .runs.stages import run_recipe
+    from .world.dry_run import shrink
 
     with tempfile.TemporaryDirectory(prefix="switchkd-dry-run-") as folder:
         for number, arm in enumerate(matrix.arms):

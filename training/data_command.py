@@ -11,14 +11,14 @@ from typing import Any
 from switchkd.export.contract.pixels import Preprocessing
 from switchkd.export.llava.projectors import tokens_per_picture
 
-from .conversations import DataError
-from .data_check import check_data, percent
-from .data_report import lines, report
-from .label_mask import ConversationEncoder
-from .recipe import CHECKS, DATA_CHECK, DataRecipe, Recipe, RecipeError, load_recipe
-from .records import check_is_text
-from .terminal import quiet_libraries
-from .vlm import ModelError
+from .data.check import check_data, percent
+from .data.conversations import DataError
+from .data.label_mask import ConversationEncoder
+from .data.records import check_is_text
+from .models.vlm import ModelError
+from .preparation.report import lines, report
+from .process.terminal import quiet_libraries
+from .recipe.recipe import CHECKS, DATA_CHECK, DataRecipe, Recipe, RecipeError, load_recipe
 
 ERRORS: tuple[type[Exception], ...] = (RecipeError, ModelError, DataError)
 RECORDS = (".json", ".jsonl")
@@ -131,8 +131,8 @@ def _encoder(recipe: Recipe | None, data: DataRecipe) -> tuple[ConversationEncod
         return None, "records alone name no model; give a recipe"
     from transformers import LlavaProcessor
 
-    from .model_sizes import student_config
-    from .vlm import IMAGE_TOKEN, complete_processor, load_tokenizer
+    from .models.vlm import IMAGE_TOKEN, complete_processor, load_tokenizer
+    from .recipe.model_sizes import student_config
 
     try:
         config = student_config(recipe)
@@ -148,7 +148,7 @@ def _encoder(recipe: Recipe | None, data: DataRecipe) -> tuple[ConversationEncod
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from .data_convert import convert, refused_list
+    from .preparation.convert import convert, refused_list
 
     out: Path = args.out
     pictures: Path = args.pictures or out.with_name(f"{out.stem}-pictures")
@@ -176,7 +176,7 @@ def _preprocessing(recipe: Recipe) -> Preprocessing | None:
 
 
 def _download(args: argparse.Namespace) -> int:
-    from .data_download import PUBLIC, fetch
+    from .preparation.download import PUBLIC, fetch
 
     if not args.names:
         print(f"{'name':<18} {'size':>8}  what, and whose terms hold")

@@ -8,12 +8,12 @@ import json
 import re
 from typing import TYPE_CHECKING
 
-from .recipe import RecipeError, load_recipe
-from .terminal import quiet_libraries
-from .vlm import ModelError
+from .models.vlm import ModelError
+from .process.terminal import quiet_libraries
+from .recipe.recipe import RecipeError, load_recipe
 
 if TYPE_CHECKING:
-    from .estimate import Cluster, StageEstimate
+    from .estimate.estimate import Cluster, StageEstimate
 
 ERRORS: tuple[type[Exception], ...] = (RecipeError, ModelError)
 DOES_NOT_FIT = 1
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise RecipeError(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
     quiet_libraries()
-    from .estimate import Cluster, Estimator
+    from .estimate.estimate import Cluster, Estimator
 
     cluster = Cluster(args.gpus, gpu_bytes(args.gpu), args.tflops or _tflops(args.gpu_type), args.mfu)
     stages = Estimator(
@@ -85,7 +85,7 @@ def gpu_bytes(text: str) -> float:
 
 
 def _tflops(name: str) -> float:
-    from .estimate import GPU_TFLOPS
+    from .estimate.estimate import GPU_TFLOPS
 
     known = {gpu.upper(): value for gpu, value in GPU_TFLOPS.items()}
     if name.upper() not in known:

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from .terminal import quiet_libraries
-from .vlm import ModelError
+from .models.vlm import ModelError
+from .process.terminal import quiet_libraries
 
 ERRORS: tuple[type[Exception], ...] = (ModelError,)
 FORMATS = ("llava", "tinyllava")
@@ -48,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; 0 when the folder is written."""
     quiet_libraries()
-    from .imports import Sources
-    from .llava_original import import_llava
-    from .tinyllava import import_tinyllava
+    from .models.imports import Sources
+    from .models.llava_original import import_llava
+    from .models.tinyllava import import_tinyllava
 
     run_import = {"llava": import_llava, "tinyllava": import_tinyllava}[args.format]
     done = run_import(

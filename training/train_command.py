@@ -8,14 +8,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .arguments import leave_other_ranks
-from .checkpoints import CheckpointError
-from .conversations import DataError
-from .finite import NonFiniteError
-from .recipe import Recipe, RecipeError, load_recipe
-from .stopping import EXIT_STOPPED, Stopped
-from .terminal import quiet_libraries, say
-from .vlm import ModelError
+from .data.conversations import DataError
+from .models.vlm import ModelError
+from .objectives.finite import NonFiniteError
+from .process.stopping import EXIT_STOPPED, Stopped
+from .process.terminal import quiet_libraries, say
+from .recipe.arguments import leave_other_ranks
+from .recipe.recipe import Recipe, RecipeError, load_recipe
+from .runs.checkpoints import CheckpointError
 
 ERRORS: tuple[type[Exception], ...] = (RecipeError, ModelError, DataError, NonFiniteError, CheckpointError)
 
@@ -65,7 +65,7 @@ def until_stopped(work: Callable[[], None]) -> int:
 
 def _train(recipe: Recipe, dry_run: bool) -> None:
     if dry_run:
-        from .dry_run import shrink
+        from .world.dry_run import shrink
 
         with tempfile.TemporaryDirectory(prefix="switchkd-dry-run-") as folder:
             _run(shrink(recipe, Path(folder)))
@@ -75,7 +75,7 @@ def _train(recipe: Recipe, dry_run: bool) -> None:
 
 
 def _run(recipe: Recipe) -> None:
-    from .stages import run_recipe
+    from .runs.stages import run_recipe
 
     for result in run_recipe(recipe, announce=say):
         spent = "already finished" if result.reused else f"{result.seconds:.0f} s"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import explicit_pairs, objective, step
-from switchkd.training.dbild import dbild
+from switchkd.training.objectives.dbild import dbild
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -28,7 +28,19 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "process",
     ),
     "serve": ("engine",),
-    "training": (),
+    "training": (
+        "ablation",
+        "estimate",
+        "world",
+        "evaluation",
+        "runs",
+        "preparation",
+        "data",
+        "recipe",
+        "models",
+        "objectives",
+        "process",
+    ),
 }
 # What the rooms share. It runs on boards without torch, so it may import only itself.
 SHARED = ("switchkd.export.contract", "switchkd.export.folders")
@@ -142,6 +154,11 @@ def test_every_import_goes_where_its_room_may() -> None:
     assert broken_directions(ROOT) == []
 
 
+def test_every_room_inside_a_room_has_its_floor() -> None:
+    inside = {room: {path.parent.name for path in (ROOT / room).glob("*/__init__.py")} for room in ROOMS}
+    assert {room: set(floors) for room, floors in FLOORS.items()} == inside
+
+
 @pytest.mark.parametrize(
     ("place", "source", "reason"),
     [
@@ -149,23 +166,32 @@ def test_every_import_goes_where_its_room_may() -> None:
         ("serve/engine/engine.py", "def late():\n    import torch.nn.functional", "torch is not installed"),
         ("serve/engine/engine.py", "from transformers import AutoTokenizer", "torch is not installed"),
         ("serve/engine/engine.py", "import importlib\nimportlib.import_module('torch')", "torch is not installed"),
-        ("serve/engine/engine.py", "from switchkd.training.recipe import Recipe", "serve may import only"),
-        ("serve/engine/engine.py", "from switchkd.export.graphs.tracing import export", "serve may import only"),
+        ("serve/engine/engine.py", "from switchkd.training.recipe.recipe import Recipe", "serve may import only"),
+        ("serve/engine/engine.py", "from switchkd.export.graphs import OnnxGraph", "serve may import only"),
         ("serve/engine/engine.py", "from switchkd import training", "serve may import only"),
         ("serve/engine/engine.py", "from switchkd.serve.engine.sampling import pick", "inside a room are relative"),
-        ("serve/engine/engine.py", "from ...export.bundle import Bundle", "may not leave its room"),
-        ("serve/engine/engine.py", "from export.bundle import Bundle", "bare root"),
+        ("serve/engine/engine.py", "from ...export.contract import Bundle", "may not leave its room"),
+        ("serve/engine/engine.py", "from export.contract import Bundle", "bare root"),
         ("demo/app.py", "from switchkd.serve.engine.engine import Engine", "demo may import only switchkd.serve"),
         ("demo/app.py", "from switchkd.export.contract.bundle import Bundle", "demo may import only switchkd.serve"),
         ("demo/app.py", "import torch", "torch is not installed"),
-        ("training/trainer.py", "from switchkd.export.contract.bundle import Bundle", "training may import only"),
-        ("training/trainer.py", "from switchkd.serve import Engine", "training may import only"),
+        ("training/runs/trainer.py", "from switchkd.export.contract.bundle import Bundle", "training may import only"),
+        ("training/runs/trainer.py", "from switchkd.serve import Engine", "training may import only"),
         ("training/world/scenes.py", "from ...serve import Engine", "may not leave its room"),
-        ("export/graphs/tracing.py", "from switchkd.training.vlm import load", "export may import only itself"),
+        ("export/graphs/tracing.py", "from switchkd.training.models.vlm import load", "export may import only itself"),
         ("export/graphs/tracing.py", "import switchkd.serve", "export may import only itself"),
         ("export/contract/bundle.py", "import torch", "torch is not installed"),
         ("export/contract/bundle.py", "from ..graphs import export", "may import only one another"),
         ("export/__init__.py", "from . import graphs", "may import only one another"),
+        ("training/data/records.py", "from ..runs.stages import run_recipe", "the floors below it"),
+        ("training/data/records.py", "def late():\n    from ..preparation import fetch", "the floors below it"),
+        ("training/objectives/kd.py", "from ..data import collator", "the floors below it"),
+        ("training/runs/stages.py", "from ..train_command import run", "the floors below it"),
+        ("training/runs/__init__.py", "from .. import estimate", "the floors below it"),
+        ("training/models/vlm.py", "from .. import Recipe", "the floors below it"),
+        ("export/graphs/tracing.py", "from ..verification import GraphRunner", "the floors below it"),
+        ("export/folders/digests.py", "from ..contract.bundle import Bundle", "the floors below it"),
+        ("serve/engine/engine.py", "from ..ask_command import run", "the floors below it"),
         ("cli/main.py", "def late():\n    from switchkd.serve import Engine", "only when its command is called"),
     ],
 )
@@ -184,11 +210,15 @@ def test_a_planted_wrong_import_is_found(tmp_path: Path, place: str, source: str
         ("serve/engine/engine.py", "import numpy\nfrom . import sampling\nfrom .sampling import pick"),
         ("serve/engine/engine.py", "from switchkd.export.contract.bundle import Bundle"),
         ("demo/app.py", "import gradio\nfrom switchkd.serve import Engine"),
-        ("training/world/dataset.py", "import torch\nfrom ..recipe import Recipe\nfrom .scenes import draw"),
-        ("training/conversations.py", "from switchkd.export.contract.pixels import to_pixels"),
-        ("export/graphs/tracing.py", "import torch\nfrom .bundle import Bundle"),
+        ("training/world/dataset.py", "import torch\nfrom ..recipe.recipe import Recipe\nfrom .scenes import draw"),
+        ("training/data/conversations.py", "from switchkd.export.contract.pixels import to_pixels"),
+        ("export/graphs/tracing.py", "import torch\nfrom ..contract.bundle import Bundle"),
+        ("training/runs/stages.py", "from ..recipe import Recipe\nfrom .trainer import train"),
+        ("training/__init__.py", "if TYPE_CHECKING:\n    from .runs import run_recipe"),
+        ("training/train_command.py", "from .runs.stages import run_recipe"),
+        ("export/__init__.py", "if TYPE_CHECKING:\n    from .assembly import export_checkpoint"),
         ("export/contract/prompt.py", "import jinja2\nfrom .pixels import PictureError"),
-        ("cli/quickstart.py", "from switchkd.training.trainer import train\nfrom .main import main"),
+        ("cli/quickstart.py", "from switchkd.training.runs.trainer import train\nfrom .main import main"),
     ],
 )
 def test_a_right_import_is_left_alone(tmp_path: Path, place: str, source: str) -> None:

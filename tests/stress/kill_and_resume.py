@@ -26,9 +26,9 @@ import yaml
 from safetensors.torch import load_file
 
 from switchkd.cli.main import main as command
-from switchkd.training.checkpoints import MANIFEST, fault
-from switchkd.training.progress import read_log, training_rows
-from switchkd.training.stages import run_recipe
+from switchkd.training.runs.checkpoints import MANIFEST, fault
+from switchkd.training.runs.progress import read_log, training_rows
+from switchkd.training.runs.stages import run_recipe
 from switchkd.training.train_command import ERRORS
 from switchkd.training.world.dataset import WorldSettings, write_world
 

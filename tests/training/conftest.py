@@ -14,7 +14,7 @@ from transformers.models.clip import CLIPVisionConfig
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.siglip import SiglipVisionConfig
 
-from switchkd.training.trainer import DistillationTrainer
+from switchkd.training.runs.trainer import DistillationTrainer
 from switchkd.training.world.dataset import WorldSettings, write_world
 
 IMAGE_TOKEN = 4

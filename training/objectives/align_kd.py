@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..dbild import shared_prefix
-from ..knee import accumulable
+from .dbild import shared_prefix
+from .knee import accumulable
 from .objective import Objective, Pictures, Positions, Terms, Widths
 from .sft import check_weight, summed_cross_entropy
 

@@ -5,7 +5,7 @@ Source: BiLD (arXiv 2406.13555): top 8, temperature 3, forward KL.
 
 from dataclasses import dataclass
 
-from ..dbild import Direction, check_settings, dbild
+from .dbild import Direction, check_settings, dbild
 from .objective import Objective, Positions, Terms
 from .sft import check_weight, summed_cross_entropy
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from ..dbild import Direction, check_settings, shared_prefix
-from ..knee import accumulable
+from .dbild import Direction, check_settings, shared_prefix
+from .knee import accumulable
 from .objective import Objective, Positions, Terms
 from .sft import check_weight, summed_cross_entropy
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
-from ..dbild import Direction, check_settings
-from ..knee import accumulable
+from .dbild import Direction, check_settings
 from .kd import kl_per_position
+from .knee import accumulable
 from .objective import Objective, Pictures, Positions, Terms
 from .sft import check_weight, summed_cross_entropy
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..dbild import DbildRows, Direction, Leaders, LedBy, check_settings, dbild, rank
-from ..finite import naming
-from ..spread import COUNTS, count_k
+from .dbild import DbildRows, Direction, Leaders, LedBy, check_settings, dbild, rank
+from .finite import naming
 from .objective import Objective, Positions, Terms, Widths
 from .sft import check_ce_temperature, check_weight, summed_cross_entropy
+from .spread import COUNTS, count_k
 
 
 @dataclass(frozen=True)

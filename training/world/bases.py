@@ -19,11 +19,11 @@ import yaml
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, SiglipVisionModel, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from ..arguments import plain_arguments
-from ..progress import StageProgress
-from ..recipe import Recipe, load_recipe
-from ..stages import run_recipe
-from ..vlm import Vlm, load_vlm
+from ..models.vlm import Vlm, load_vlm
+from ..recipe.arguments import plain_arguments
+from ..recipe.recipe import Recipe, load_recipe
+from ..runs.progress import StageProgress
+from ..runs.stages import run_recipe
 from .encoder_pretraining import RegionDataset, RegionTextModel, encoder_config, region_phrases, write_image_processor
 from .vocabulary import train_tokenizer, world_texts
 

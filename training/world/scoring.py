@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..evaluation import generate_answers
-from ..vlm import load_vlm
+from ..evaluation.answers import generate_answers
+from ..models.vlm import load_vlm
 
 
 @dataclass(frozen=True)

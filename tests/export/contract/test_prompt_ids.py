@@ -16,8 +16,8 @@ from switchkd.export.contract.prompt import read_tokenizer
 from switchkd.export.search.calibration import read_calibration
 from switchkd.export.verification.parity import make_prompt
 from switchkd.serve import Engine
-from switchkd.training.label_mask import ConversationEncoder
-from switchkd.training.vlm import load_vlm
+from switchkd.training.data.label_mask import ConversationEncoder
+from switchkd.training.models.vlm import load_vlm
 
 # With the picture below this model answers otherwise where BOS is missing, or is there twice.
 QUESTION = "How many red circles are there in the picture, and how many squares on the left?"

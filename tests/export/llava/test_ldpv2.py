@@ -23,7 +23,7 @@ from switchkd.export.contract.bundle import Bundle
 from switchkd.export.graphs.tracing import ExportError
 from switchkd.export.llava.projectors import Ldpv2LlavaForConditionalGeneration, encoder_tokens, tokens_per_picture
 from switchkd.serve import Engine
-from switchkd.training.vlm import build_vlm, load_vlm
+from switchkd.training.models.vlm import build_vlm, load_vlm
 
 QUESTION = "What colour is the square on the left?"
 

@@ -8,8 +8,8 @@ import pytest
 from switchkd.export.contract.prompt import PromptError, render_chat
 from switchkd.serve import Engine, Message
 from switchkd.serve.engine.conversation import PromptTokens
-from switchkd.training.label_mask import model_inputs
-from switchkd.training.vlm import load_vlm
+from switchkd.training.data.label_mask import model_inputs
+from switchkd.training.models.vlm import load_vlm
 
 # As LLaVA-1.5's processors on the hub have it: parts alone, pictures first; a string's characters have no type.
 LLAVA_1_5 = (
