@@ -24,6 +24,7 @@ DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
     "onnx_ir": "onnx-ir",
 }
+HEAVY = ("torch", "transformers", "numpy", "onnxruntime", "PIL", "jinja2")
 # Each room may use its own extra; the front door runs whichever room is there.
 EXTRAS_OF_ROOM = {
     "cli": ("train", "export", "serve", "demo"),
@@ -53,6 +54,11 @@ def folders_with_modules() -> Iterator[str]:
             yield "switchkd." + ".".join(path.parent.relative_to(ROOT).parts)
 
 
+def path_of(package: str) -> Path:
+    """Return the folder of an import name."""
+    return ROOT.joinpath(*package.split(".")[1:])
+
+
 def third_party_imports(room: str) -> Iterator[tuple[str, str]]:
     """Yield (file:line, root package) for every unguarded import of something that is neither ours nor Python's."""
     for path in sorted((ROOT / room).rglob("*.py")):
@@ -76,6 +82,63 @@ def declared(extra: str) -> set[str]:
 
 def test_every_package_folder_is_in_the_wheel_list() -> None:
     assert sorted(folders_with_modules()) == sorted(PROJECT["tool"]["setuptools"]["packages"])
+
+
+def test_every_package_says_in_a_sentence_what_it_is_for() -> None:
+    silent = []
+    for package in folders_with_modules():
+        text = ast.get_docstring(ast.parse((path_of(package) / "__init__.py").read_text(encoding="utf-8"))) or ""
+        if "\n" in text or not text.endswith("."):
+            silent.append(package)
+    assert silent == []
+
+
+def test_every_package_hands_on_the_names_that_it_lists() -> None:
+    packages = [name for name in folders_with_modules() if not name.startswith(("switchkd.cli", "switchkd.recipes"))]
+    done = python(
+        "import importlib",
+        f"for package in {packages!r}:",
+        "    module = importlib.import_module(package)",
+        "    for name in getattr(module, '__all__', ()):",
+        "        if getattr(module, name).__class__.__name__ == 'module': print(package, name)",
+        "    print(package, len(getattr(module, '__all__', ())))",
+    )
+    assert done.returncode == 0, done.stderr
+    counts = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
+    assert [package for package, names in counts.items() if names == "0"] == ["switchkd.demo"]
+    assert set(counts) == set(packages)  # and no module under a name of something in it
+
+
+def test_rooms_hand_their_names_on_when_they_are_asked_for() -> None:
+    """A command's help is not to wait for torch, and a device has none."""
+    done = python(
+        "import switchkd.training, switchkd.export",
+        f"print([name for name in {HEAVY!r} if name in sys.modules])",
+        "from switchkd.training import build_objective, dbild, knee_k",
+        "from switchkd.training.objectives import OBJECTIVES",
+        "from switchkd.export import export_checkpoint",
+        "from switchkd.serve import Engine",
+        "print(dbild.__name__, knee_k.__name__, type(build_objective('sft')) is OBJECTIVES['sft'])",
+        "print(export_checkpoint.__module__, Engine.__module__)",
+        "switchkd.training.no_such_name",
+    )
+    assert done.stdout.splitlines() == [
+        "[]",
+        "dbild knee_k True",
+        "switchkd.export.assembly switchkd.serve.engine.engine",
+    ]
+    assert "AttributeError: module 'switchkd.training' has no attribute 'no_such_name'" in done.stderr
+
+
+def test_the_map_shows_every_room() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    inside = [
+        name.removeprefix("switchkd.").replace(".", "/") for name in folders_with_modules() if name.count(".") == 2
+    ]
+    assert inside
+    for room in inside:
+        sentence = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text(encoding="utf-8")))
+        assert f"| [{room}/]({room}) | {sentence} |" in text
 
 
 @pytest.mark.parametrize("room", sorted(EXTRAS_OF_ROOM))

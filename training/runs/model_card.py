@@ -119,7 +119,7 @@ _TRANSFORMERS = {
     'processor = AutoProcessor.from_pretrained(".", backend="pil")',
 }
 _SWITCHKD = {  # transformers has no class for this projector
-    "imports": "from switchkd.training.models.vlm import load_vlm",
+    "imports": "from switchkd.training import load_vlm",
     "load": 'vlm = load_vlm(".")\nmodel, processor = vlm.model, vlm.processor',
 }
 
