@@ -29,7 +29,8 @@ from benchmarks.explicit_pairs import explicit_dbild
 from benchmarks.measuring import Work, cpu_peak_mib, cuda_peak_mib, describe_machine, spread, times_ms
 from switchkd.training.estimate.estimate import GPU_TFLOPS
 from switchkd.training.models.distillation import Distillation
-from switchkd.training.models.switch import embed, last_hidden, switch_hidden, visual_features, visual_tokens
+from switchkd.training.models.pathway import embed, last_hidden, visual_features, visual_tokens
+from switchkd.training.models.switch import switch_hidden
 from switchkd.training.objectives import build_objective
 
 Sizes = dict[str, Any]

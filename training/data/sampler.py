@@ -1,11 +1,14 @@
-"""Samples grouped by length and modality, as LLaVA does: little padding, and batches in random order."""
+"""The order of an epoch; grouped by length and modality as LLaVA does, it has little padding and random batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
+from transformers import TrainingArguments
+
+from .dataset import ConversationDataset
 
 GROUP = 20  # batches that are sorted together
 
@@ -46,3 +49,21 @@ class LengthGroupedSampler(Sampler[int]):
         short = [] if self._drop_last else range(whole, len(batches))
         for number in [*torch.randperm(whole, generator=generator).tolist(), *short]:
             yield from batches[number]
+
+
+def step_batch(args: TrainingArguments) -> int:
+    """Samples of an optimizer step over all processes."""
+    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+
+def epoch_sampler(args: TrainingArguments, dataset: ConversationDataset) -> Sampler[int]:
+    """The sampler that a stage asks for; the dataset knows its lengths without decoding pictures."""
+    # Whole steps, and not whole micro-batches: so an epoch does not depend on how a step is put together.
+    size, drop = step_batch(args), args.dataloader_drop_last
+    count = len(dataset) - len(dataset) % size if drop else len(dataset)
+    if args.train_sampling_strategy == "group_by_length":
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return LengthGroupedSampler(dataset.lengths(), size, seed, drop)
+    if args.train_sampling_strategy == "sequential":
+        return SequentialSampler(range(count))
+    return RandomSampler(dataset, num_samples=count)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from switchkd.export.llava.projectors import tokens_per_picture
 
 from ..data.text_lengths import TextLengths, text_lengths
-from ..models.distillation import LOGITS_AT_ONCE
+from ..models.chunks import LOGITS_AT_ONCE
 from ..recipe.model_sizes import local_tokenizer, student_config, teacher_config
 from ..recipe.recipe import ACCUMULATION, Recipe, RecipeError, StageRecipe, TeacherRecipe
 from ..runs.stage_models import stage_objective

@@ -6,6 +6,8 @@ they stand in the sequence.
 Shapes: B rows, T tokens of a row (another number after respelling).
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -13,15 +15,25 @@ from torch.nn.functional import pad
 IGNORED = -100  # a label that is not supervised, as torch's cross_entropy has it
 
 
-def respell(
-    ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor, *, image_token: int, here: int, there: int
-) -> tuple[Tensor, Tensor, Tensor]:
+class Spelling(NamedTuple):
+    """Rows of a batch as token ids, attention mask and labels (not shifted, IGNORED where nothing is learned)."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    labels_BT: Tensor
+
+    def rows(self, chosen: slice | Tensor) -> "Spelling":
+        """Some of the rows, or all in another order."""
+        return Spelling(*(values_BT[chosen] for values_BT in self))
+
+
+def respell(ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor, *, image_token: int, here: int, there: int) -> Spelling:
     """Return ids, mask and labels with `there` image tokens a picture in place of `here`; text stays in its order.
 
     Rows are padded on the right, as they came. Text tokens keep their labels, so both have the same supervised tokens.
     """
     if here == there:
-        return ids_BT, mask_BT, labels_BT
+        return Spelling(ids_BT, mask_BT, labels_BT)
     rows, length = ids_BT.shape
     image_BT = ids_BT == image_token
     first_BT = image_BT & ((image_BT.cumsum(1) - 1) % here == 0)
@@ -36,19 +48,17 @@ def respell(
         result[row_S, column_S] = values_BT.flatten()[source_S]
         return result
 
-    return placed(ids_BT, 0), placed(mask_BT, 0), placed(labels_BT, IGNORED)
+    return Spelling(placed(ids_BT, 0), placed(mask_BT, 0), placed(labels_BT, IGNORED))
 
 
-def with_blank_picture(
-    ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor, image_token: int, tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def with_blank_picture(ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor, image_token: int, tokens: int) -> Spelling:
     """Return ids, mask and labels with one row more: `tokens` image tokens and one of text, none of it supervised."""
     wider = max(0, tokens + 1 - ids_BT.shape[1])
     filled = zip((ids_BT, mask_BT, labels_BT), (0, 0, IGNORED), strict=True)
     ids_BT, mask_BT, labels_BT = (pad(values_BT, (0, wider, 0, 1), value=value) for values_BT, value in filled)
     ids_BT[-1, :tokens] = image_token
     mask_BT[-1, : tokens + 1] = 1
-    return ids_BT, mask_BT, labels_BT
+    return Spelling(ids_BT, mask_BT, labels_BT)
 
 
 def supervised(labels_BT: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 from ..objectives import Pictures, PictureView
 from ..objectives.knee import accumulable
 from .alignment import supervised
+from .pathway import Pathway
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,19 @@ def first_attention(model: LlavaForConditionalGeneration, embeds_BTD: Tensor, ma
     return scores_BHTT.masked_fill(~seen_BTT[:, None], float("-inf")).softmax(-1).to(embeds_BTD.dtype)
 
 
-def picture_view(tokens_PLD: Tensor, attention_BHTT: Tensor | None, layout: Layout) -> PictureView:
-    """Return a model's view of each picture; attention is cut to the picture's own tokens."""
-    if attention_BHTT is None:
-        return PictureView(tokens_PLD)
+def picture_view(
+    model: LlavaForConditionalGeneration, pathway: Pathway, layout: Layout, *, attention: bool
+) -> PictureView:
+    """Return a model's view of each picture; attention, where it is asked for, is cut to the picture's own tokens."""
+    assert pathway.tokens_PLD is not None
+    if not attention:
+        return PictureView(pathway.tokens_PLD)
+    attention_BHTT = first_attention(model, pathway.embeds_BTD, pathway.spelling.mask_BT)
     by_token_BTHT = attention_BHTT.permute(0, 3, 1, 2)  # key first, so that a picture's keys are picked at once
     picked_NHT = by_token_BTHT[layout.image_BT]
     pictures = len(layout.row_P)
     attention_PLHT = picked_NHT.view(pictures, -1, *picked_NHT.shape[1:])
-    return PictureView(tokens_PLD, attention_PLHT.permute(0, 2, 3, 1))
+    return PictureView(pathway.tokens_PLD, attention_PLHT.permute(0, 2, 3, 1))
 
 
 def pictures(layout: Layout, student: PictureView, teacher: PictureView) -> Pictures:

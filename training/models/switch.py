@@ -2,53 +2,20 @@
 
 Source: Switch-KD (arXiv 2604.14629), z_switch of algorithm 1.
 
-Shapes: B rows, T tokens of a row, P pictures, C channels, H W pixels, L visual tokens of a picture, E width of the
-vision encoder, D width of the language model.
+Shapes: B rows, T tokens of a row, P pictures, L visual tokens of a picture, E width of the vision encoder, D width of
+the language model.
 """
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from switchkd.export.llava.projectors import encoder_tokens, tokens_per_picture
 
+from .pathway import embed, features_width, last_hidden, visual_tokens
+
 PROBE = "The 3 red circles (left of 'a' square): déjà vu 图片 🙂\n\tWhat is 12 + 7?"
-
-
-def visual_features(model: LlavaForConditionalGeneration, pixels_PCHW: Tensor) -> Tensor:
-    """Return features_PLE of the model's vision encoder, of the layer and with the tokens that its config selects."""
-    config = model.config
-    tower = model.model.vision_tower
-    hidden: tuple[Tensor, ...] = tower(pixels_PCHW.to(tower.dtype), output_hidden_states=True).hidden_states
-    layers = config.vision_feature_layer
-    features_PLE = torch.cat([hidden[i] for i in ([layers] if isinstance(layers, int) else layers)], dim=-1)
-    return features_PLE[:, 1:] if config.vision_feature_select_strategy == "default" else features_PLE
-
-
-def visual_tokens(model: LlavaForConditionalGeneration, features_PLE: Tensor) -> Tensor:
-    """Return tokens_PLD: the encoder's features as the model's projector hands them to its language model."""
-    tokens_PLD: Tensor = model.model.multi_modal_projector(features_PLE)
-    return tokens_PLD
-
-
-def embed(model: LlavaForConditionalGeneration, input_ids_BT: Tensor, tokens_PLD: Tensor | None) -> Tensor:
-    """Return embeds_BTD: the words' embeddings, the visual tokens put in place of the image tokens, in order."""
-    embeds_BTD: Tensor = model.get_input_embeddings()(input_ids_BT)
-    if tokens_PLD is None:
-        return embeds_BTD
-    tokens_PLD = tokens_PLD.to(embeds_BTD.dtype)
-    place_BT1 = model.model.get_placeholder_mask(input_ids_BT, inputs_embeds=embeds_BTD, image_features=tokens_PLD)
-    return embeds_BTD.masked_scatter(place_BT1, tokens_PLD)
-
-
-def last_hidden(model: LlavaForConditionalGeneration, embeds_BTD: Tensor, attention_mask_BT: Tensor) -> Tensor:
-    """Return hidden_BTD of the model's language model."""
-    hidden_BTD: Tensor = model.model.language_model(
-        inputs_embeds=embeds_BTD, attention_mask=attention_mask_BT, use_cache=False
-    ).last_hidden_state
-    return hidden_BTD
 
 
 def switch_hidden(
@@ -61,13 +28,6 @@ def switch_hidden(
     features_PLE = features_PLE.to(teacher.dtype)
     embeds_BTD = embed(teacher, input_ids_BT, visual_tokens(teacher, features_PLE))
     return last_hidden(teacher, embeds_BTD, attention_mask_BT)
-
-
-def features_width(model: LlavaForConditionalGeneration) -> int:
-    """Return E, the width of the visual features that the model's projector takes."""
-    layers = model.config.vision_feature_layer
-    vision: Any = model.config.vision_config
-    return int(vision.hidden_size) * (1 if isinstance(layers, int) else len(layers))
 
 
 def check_pair(

@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.dataset import collator
 from ..data.label_mask import model_inputs
+from ..data.sampler import step_batch
 from ..data.stage_data import LostSamples, on_one_rank, stage_dataset
 from ..models.vlm import train_only
 from ..process.stopping import Stopped, StopRequest
@@ -27,9 +28,10 @@ from ..recipe.recipe import DATA_CHECK, LOGS, Recipe, RecipeError, StageRecipe
 from .checkpoints import MAKE_ROOM, newest, room_for, sync, sync_tree, write_atomically, writing
 from .model_card import RECIPE_FILE, STAGE_FILE, publishable, stage_facts, write_card
 from .progress import LOG_NAME, read_log
+from .saving import ADAPTERS_NAME
 from .stage_identity import differences, held, identity, stage_contents
 from .stage_models import stage_distillation, stage_student
-from .trainer import ADAPTERS_NAME, DistillationTrainer, step_batch
+from .trainer import DistillationTrainer
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from switchkd.training.models.distillation import Distillation
+from switchkd.training.models.pathway import embed, visual_features, visual_tokens
 from switchkd.training.models.picture_views import first_attention
-from switchkd.training.models.switch import embed, visual_features, visual_tokens
 from switchkd.training.objectives import build_objective
 
 Make = Callable[..., Any]

@@ -28,7 +28,7 @@ from transformers import (
 from switchkd.cli.main import main
 from switchkd.export.llava.projectors import Ldpv2LlavaForConditionalGeneration, Ldpv2Projector, pooling_weights
 from switchkd.training.data.label_mask import model_inputs
-from switchkd.training.models.switch import visual_features, visual_tokens
+from switchkd.training.models.pathway import visual_features, visual_tokens
 from switchkd.training.models.vlm import ModelError, Vlm, build_vlm, load_vlm, parts
 from switchkd.training.recipe.recipe import ModelRecipe, load_recipe
 from switchkd.training.world.dry_run import shrink

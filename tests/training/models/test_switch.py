@@ -9,15 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from switchkd.export.llava.projectors import tokens_per_picture
-from switchkd.training.models.switch import (
-    check_pair,
-    check_tokenizers,
-    embed,
-    last_hidden,
-    switch_hidden,
-    visual_features,
-    visual_tokens,
-)
+from switchkd.training.models.pathway import embed, last_hidden, visual_features, visual_tokens
+from switchkd.training.models.switch import check_pair, check_tokenizers, switch_hidden
 
 Make = Callable[..., Any]
 

@@ -21,7 +21,8 @@ from switchkd.training.process.stopping import EXIT_STOPPED
 from switchkd.training.recipe.recipe import DATA_CHECK
 from switchkd.training.runs.checkpoints import MANIFEST, commit, fault, newest
 from switchkd.training.runs.progress import training_rows
-from switchkd.training.runs.trainer import FAILED_SAVES, DistillationTrainer
+from switchkd.training.runs.saving import FAILED_SAVES
+from switchkd.training.runs.trainer import DistillationTrainer
 
 Recipe = Callable[..., Path]
 
