@@ -48,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; 0 when the folder is written."""
     quiet_libraries()
-    from .models.imports import Sources
-    from .models.llava_original import import_llava
-    from .models.tinyllava import import_tinyllava
+    from .importing.llava_original import import_llava
+    from .importing.standard_folder import Sources
+    from .importing.tinyllava import import_tinyllava
 
     run_import = {"llava": import_llava, "tinyllava": import_tinyllava}[args.format]
     done = run_import(

@@ -35,6 +35,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "evaluation",
         "runs",
         "preparation",
+        "importing",
         "data",
         "recipe",
         "models",

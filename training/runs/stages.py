@@ -28,7 +28,7 @@ from ..recipe.recipe import DATA_CHECK, LOGS, Recipe, RecipeError, StageRecipe
 from .checkpoints import MAKE_ROOM, newest, room_for, sync, sync_tree, write_atomically, writing
 from .model_card import RECIPE_FILE, STAGE_FILE, publishable, stage_facts, write_card
 from .progress import LOG_NAME, read_log
-from .saving import ADAPTERS_NAME
+from .saving_trainer import ADAPTERS_NAME
 from .stage_identity import differences, held, identity, stage_contents
 from .stage_models import stage_distillation, stage_student
 from .trainer import DistillationTrainer

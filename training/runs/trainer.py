@@ -23,7 +23,7 @@ from ..objectives.finite import before_the_update, check_gradients, check_terms,
 from ..process.stopping import StopRequest, leave_stopping_to_the_trainer
 from .meter import Meter
 from .progress import JsonLines, StageProgress, report_in
-from .saving import SavingTrainer
+from .saving_trainer import SavingTrainer
 
 
 class DistillationTrainer(SavingTrainer):

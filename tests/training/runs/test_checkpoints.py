@@ -21,7 +21,7 @@ from switchkd.training.process.stopping import EXIT_STOPPED
 from switchkd.training.recipe.recipe import DATA_CHECK
 from switchkd.training.runs.checkpoints import MANIFEST, commit, fault, newest
 from switchkd.training.runs.progress import training_rows
-from switchkd.training.runs.saving import FAILED_SAVES
+from switchkd.training.runs.saving_trainer import FAILED_SAVES
 from switchkd.training.runs.trainer import DistillationTrainer
 
 Recipe = Callable[..., Path]

@@ -21,7 +21,8 @@ from switchkd.export.folders.lfs_pointers import pointer_fault
 from switchkd.export.folders.out_folder import making
 from switchkd.export.llava.weights import is_llavas_own
 
-from .imports import (
+from ..models.vlm import ModelError, encoder_config, forget_cuts, load_encoder, read_config
+from .standard_folder import (
     EMBEDDING,
     STRATEGIES,
     Imported,
@@ -38,7 +39,6 @@ from .imports import (
     standard_names,
 )
 from .tinyllava import USER_ASSISTANT
-from .vlm import ModelError, encoder_config, forget_cuts, load_encoder, read_config
 
 PROJECTOR = "mlp2x_gelu"
 # The language model's type in transformers, by LLaVA's class.

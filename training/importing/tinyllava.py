@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from switchkd.export.folders.lfs_pointers import pointer_fault
 from switchkd.export.folders.out_folder import making
 
-from .imports import (
+from ..models.vlm import ENCODERS, ModelError, encoder_config, forget_cuts, read_config
+from .standard_folder import (
     STRATEGIES,
     Imported,
     Prompt,
@@ -34,7 +35,6 @@ from .imports import (
     standard_config,
     standard_names,
 )
-from .vlm import ENCODERS, ModelError, encoder_config, forget_cuts, read_config
 
 LANGUAGE_MODELS = ("qwen2",)  # Qwen2 and Qwen2.5 are of this type
 CONNECTOR = "mlp2x_gelu"

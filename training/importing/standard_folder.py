@@ -27,7 +27,7 @@ from switchkd.export.contract.pixels import Preprocessing
 from switchkd.export.llava.projectors import tokens_per_picture
 from switchkd.export.llava.weights import is_unread
 
-from .vlm import IMAGE_TOKEN, ModelError, Vlm, add_image_token, make_processor
+from ..models.vlm import IMAGE_TOKEN, ModelError, Vlm, add_image_token, make_processor
 
 # "patch" drops the first feature whatever the encoder: CLIP's class token, and with SigLIP, which has none, a patch.
 STRATEGIES: dict[str, Literal["default", "full"]] = {"patch": "default", "cls_patch": "full"}
