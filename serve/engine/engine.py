@@ -9,7 +9,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal, Self
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from switchkd.export.contract.bundle import Bundle, BundleError
@@ -19,7 +18,9 @@ from switchkd.export.contract.prompt import Message, TokenizerError, read_tokeni
 
 from .conversation import ConversationError, PromptTokens, to_messages
 from .decoder import Decoder, Floats
-from .picture_encoder import Picture, PictureEncoder, Pixels
+from .picture_encoder import OpenPicture, Picture, PictureEncoder
+from .prefix_cache import MEMORY as PREFIX_MEMORY
+from .prompt_reader import PromptReader
 from .sampling import Sampler, Sampling
 from .text_stream import TextStream
 from .token_rules import TokenRules
@@ -60,10 +61,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Request:
-    """One checked request: token ids of the prompt, pixels_CHW of its pictures in order, seconds to open them."""
+    """One checked request: token ids of the prompt, its pictures in order, seconds to open them."""
 
     prompt: Sequence[int]
-    pictures: Sequence[Pixels]
+    pictures: Sequence[OpenPicture]
     opening: float
     max_tokens: int
     sampling: Sampling
@@ -99,11 +100,11 @@ class AnswerStream(Iterator[str]):
         )
 
     def _write(self) -> Iterator[str]:
-        decoder, cache = self._engine.decoder, self._engine.decoder.new_cache()
+        reader, decoder = self._engine.reader, self._engine.decoder
         start = perf_counter()
-        features = [self._engine.encoder.encode(pixels_CHW) for pixels_CHW in self._request.pictures]
+        reading = reader.look(self._request.prompt, self._request.pictures)
         start = self._spend("encode", start)
-        token = self._choose(decoder.read(self._engine.place_pictures(self._request.prompt, features), cache))
+        token = self._choose(reader.read(reading))
         self._spend("prefill", start)
         while token not in self._engine.bundle.model.eos_token_ids:
             self._tokens.append(token)
@@ -113,7 +114,7 @@ class AnswerStream(Iterator[str]):
                 self._finish_reason = "length"
                 break
             start = perf_counter()
-            token = self._choose(decoder.read(decoder.embed([token]), cache))
+            token = self._choose(decoder.read(decoder.embed([token]), reading.cache))
             self._spend("decode", start)
         else:
             self._finish_reason = "stop"
@@ -132,7 +133,9 @@ class AnswerStream(Iterator[str]):
 class Engine:
     """A bundle that answers; threads may share it, every answer has its own memory."""
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, *, prefill: bool = True) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int | None = None, *, prefill: bool = True, prefix_memory: int = PREFIX_MEMORY
+    ) -> None:
         if threads is not None and not 1 <= threads <= MOST_THREADS:
             raise ConversationError(f"threads is {threads}, expected 1 to {MOST_THREADS}; one a core is usual")
         self.bundle = bundle
@@ -140,19 +143,29 @@ class Engine:
         self.settings = _read_settings(bundle)
         self.encoder = PictureEncoder(bundle, threads)
         self.decoder = Decoder(bundle, threads, prefill=prefill)
-        self._prompt = PromptTokens(bundle, self.tokenizer)
+        if prefix_memory < 0:
+            raise ConversationError(f"prefix_memory is {prefix_memory} MiB, expected 0 (keep nothing) or more")
+        self.reader = PromptReader(bundle, self.encoder, self.decoder, prefix_memory * 2**20)
+        self.prompt = PromptTokens(bundle, self.tokenizer)
 
     @classmethod
     def open(
-        cls, path: str | Path, precision: str | None = None, threads: int | None = None, *, prefill: bool = True
+        cls,
+        path: str | Path,
+        precision: str | None = None,
+        threads: int | None = None,
+        *,
+        prefill: bool = True,
+        prefix_memory: int = PREFIX_MEMORY,
     ) -> Self:
         """Open a bundle folder with `threads` for each graph (None: one a core).
 
         `precision=None` takes the bundle's first: whoever exported it measured them and put the recommended one in
         front. `prefill=False` does without the second decoder that reads prompts where the bundle names one: less
-        memory. Raises BundleError.
+        memory. `prefix_memory` MiB hold what was made of pictures, so that the next question about one begins at once;
+        with 0 a prompt is read in one piece, a little faster. Raises BundleError.
         """
-        return cls(Bundle.open(path, precision), threads, prefill=prefill)
+        return cls(Bundle.open(path, precision), threads, prefill=prefill, prefix_memory=prefix_memory)
 
     def stream(
         self,
@@ -174,9 +187,9 @@ class Engine:
             raise ConversationError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
         messages = to_messages(question, len(pictures))
         start = perf_counter()
-        pixels = [self.encoder.pixels(picture) for picture in pictures]
+        opened = [self.encoder.open(picture) for picture in pictures]
         opening = perf_counter() - start
-        prompt = self._prompt.encode(messages, len(pictures))
+        prompt = self.prompt.encode(messages, len(pictures))
         room = self.bundle.model.max_positions - len(prompt)
         if room < 1:
             raise ConversationError(
@@ -185,7 +198,7 @@ class Engine:
                 f"{self.bundle.model.max_positions - 1} and an answer; ask with less text or fewer pictures"
             )
         max_tokens = min(max_new_tokens, room)
-        return AnswerStream(self, _Request(prompt, pixels, opening, max_tokens, sampling or Sampling()))
+        return AnswerStream(self, _Request(prompt, opened, opening, max_tokens, sampling or Sampling()))
 
     def answer(
         self,
@@ -200,14 +213,6 @@ class Engine:
         for _ in stream:
             pass
         return stream.answer
-
-    def place_pictures(self, prompt: Sequence[int], features: Sequence[Floats]) -> Floats:
-        """Return the prompt's embeddings_TD with every picture's features_ND in the places of its image tokens."""
-        embeddings_TD = self.decoder.embed(prompt)
-        if features:
-            places_T = np.array(prompt) == self.bundle.model.image_token_id
-            embeddings_TD[places_T] = np.concatenate(features)
-        return embeddings_TD
 
 
 def _read_tokenizer(bundle: Bundle) -> Tokenizer:

@@ -6,6 +6,7 @@ Shapes in names: C channels, H height, W width, N visual tokens, D hidden width 
 import hashlib
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,14 @@ Pixels = npt.NDArray[np.float32]
 Features = npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class OpenPicture:
+    """A picture as the encoder takes it, whatever file it came from: pixels_CHW, and the key that they are known by."""
+
+    pixels_CHW: Pixels
+    key: bytes
+
+
 class PictureEncoder:
     """The bundle's vision encoder with its projector; the features of the last `remember` pictures are kept."""
 
@@ -30,18 +39,19 @@ class PictureEncoder:
         self._known: OrderedDict[bytes, Features] = OrderedDict()
         self._lock = threading.Lock()
 
-    def pixels(self, picture: Picture) -> Pixels:
-        """Read a picture (a path, a file's bytes or a Pillow image) as pixels_CHW; raises PictureError."""
-        return read_pixels(picture, self._preprocessing)
+    def open(self, picture: Picture) -> OpenPicture:
+        """Read a picture: a path, a file's bytes or a Pillow image. Raises PictureError."""
+        pixels_CHW = read_pixels(picture, self._preprocessing)
+        return OpenPicture(pixels_CHW, hashlib.sha256(pixels_CHW.tobytes()).digest())
 
-    def encode(self, pixels_CHW: Pixels) -> Features:
-        """Return features_ND; the same pixels again cost a hash, whatever file they came from."""
-        key = hashlib.sha256(pixels_CHW.tobytes()).digest()
+    def encode(self, picture: OpenPicture) -> Features:
+        """Return features_ND; the same pixels again cost nothing."""
+        key = picture.key
         with self._lock:
             if key in self._known:
                 self._known.move_to_end(key)
                 return self._known[key]
-        results = self._session.run({"pixel_values": self._session.value("pixel_values", pixels_CHW[None])})
+        results = self._session.run({"pixel_values": self._session.value("pixel_values", picture.pixels_CHW[None])})
         features_ND: Features = results["image_features"].numpy()[0].astype(np.float32)
         with self._lock:
             self._known[key] = features_ND

@@ -37,7 +37,7 @@ def test_prompts_are_equal_wherever_they_are_made(tokenizer_kind: tuple[Path, Pa
     assert len(expected) > 64
     engine = Engine.open(path, threads=1)
     assert engine.answer(QUESTION, [picture], max_new_tokens=1).prompt_tokens == len(expected)
-    assert engine._prompt.encode(MESSAGES, 1) == expected
+    assert engine.prompt.encode(MESSAGES, 1) == expected
     # What is verified, and what is calibrated on.
     pixels_PCHW = np.zeros((1, 3, 24, 24), dtype=np.float32)
     assert make_prompt(bundle, read_tokenizer(bundle.tokenizer_path), QUESTION, pixels_PCHW).ids == expected

@@ -112,7 +112,7 @@ def test_the_default_precision_is_the_bundles_first(tiny_bundle: Path) -> None:
 
 def test_int8_is_near_fp32(tiny_bundle: Path, engine: Engine, pictures: list[Image.Image]) -> None:
     other = Engine.open(tiny_bundle, "int8", threads=1)
-    features = [one.encoder.encode(one.encoder.pixels(pictures[0])) for one in (engine, other)]
+    features = [one.encoder.encode(one.encoder.open(pictures[0])) for one in (engine, other)]
     assert np.abs(features[0] - features[1]).max() < 0.1 * np.abs(features[0]).max()
 
 
@@ -120,10 +120,10 @@ def test_a_known_picture_is_not_encoded_again(engine: Engine, pictures: list[Ima
     path = tmp_path / "picture.png"
     pictures[0].save(path)
     encoder = engine.encoder
-    first = encoder.encode(encoder.pixels(pictures[0]))
-    assert encoder.encode(encoder.pixels(path)) is first
-    assert encoder.encode(encoder.pixels(path.read_bytes())) is first
-    assert encoder.encode(encoder.pixels(pictures[1])) is not first
+    first = encoder.encode(encoder.open(pictures[0]))
+    assert encoder.encode(encoder.open(path)) is first
+    assert encoder.encode(encoder.open(path.read_bytes())) is first
+    assert encoder.encode(encoder.open(pictures[1])) is not first
 
 
 def test_a_pillow_image_is_turned_and_refused_as_its_file_is(
@@ -133,9 +133,9 @@ def test_a_pillow_image_is_turned_and_refused_as_its_file_is(
     note = Image.Exif()
     note[0x0112] = 6
     pictures[2].save(turned, exif=note)
-    pixels_CHW = engine.encoder.pixels(turned)
-    assert not np.array_equal(pixels_CHW, engine.encoder.pixels(pictures[2]))
-    np.testing.assert_array_equal(engine.encoder.pixels(Image.open(turned)), pixels_CHW)
+    pixels_CHW = engine.encoder.open(turned).pixels_CHW
+    assert not np.array_equal(pixels_CHW, engine.encoder.open(pictures[2]).pixels_CHW)
+    np.testing.assert_array_equal(engine.encoder.open(Image.open(turned)).pixels_CHW, pixels_CHW)
     cut.write_bytes(turned.read_bytes()[:-300])
     for picture in (cut, Image.open(cut)):
         with pytest.raises(PictureError, match=r"cut\.jpg: damaged"):
@@ -146,7 +146,7 @@ def test_only_the_latest_pictures_are_remembered(tiny_bundle: Path, pictures: li
     from switchkd.serve.engine.picture_encoder import PictureEncoder
 
     encoder = PictureEncoder(Engine.open(tiny_bundle, "fp32").bundle, threads=1, remember=2)
-    one, two, three = (encoder.pixels(picture) for picture in pictures)
+    one, two, three = (encoder.open(picture) for picture in pictures)
     first, second = encoder.encode(one), encoder.encode(two)
     assert encoder.encode(one) is first  # used again, so the other one is the oldest now
     encoder.encode(three)

@@ -1,0 +1,57 @@
+"""Reads a prompt with its pictures: encodes those that are new, and leaves out what it remembers of the beginning.
+
+Shapes in names: T prompt tokens, N visual tokens of a picture, D hidden width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from switchkd.export.contract.bundle import Bundle
+
+from .decoder import Decoder, Floats
+from .kv_cache import KVCache
+from .picture_encoder import OpenPicture, PictureEncoder
+from .prefix_cache import Prefix, PrefixCache, prefixes
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A prompt on its way: its pieces' ends that are still to be read, and the features_ND of the pictures in them."""
+
+    prompt: Sequence[int]
+    to_read: Sequence[Prefix]
+    features: Sequence[Floats]
+    cache: KVCache
+
+
+class PromptReader:
+    """Prompt and pictures into a KVCache; the caches of their beginnings are kept in `memory` bytes."""
+
+    def __init__(self, bundle: Bundle, encoder: PictureEncoder, decoder: Decoder, memory: int) -> None:
+        self._model, self._encoder, self._decoder = bundle.model, encoder, decoder
+        self._prefixes = PrefixCache(memory)
+
+    def look(self, prompt: Sequence[int], pictures: Sequence[OpenPicture]) -> Reading:
+        """Encode the pictures of a prompt, but for those in a beginning that is remembered."""
+        model = self._model
+        keys = [picture.key for picture in pictures]
+        pieces = prefixes(prompt, keys, model.image_token_id, model.tokens_per_picture) if self._prefixes.budget else []
+        cache = self._prefixes.longest(pieces) or self._decoder.new_cache()
+        to_read = [piece for piece in pieces if piece.end > cache.length]
+        known = len(pieces) - len(to_read)
+        return Reading(prompt, to_read, [self._encoder.encode(picture) for picture in pictures[known:]], cache)
+
+    def read(self, reading: Reading) -> Floats:
+        """Read what is left of the prompt, and return logits_V of the token after it."""
+        cache = reading.cache
+        embeddings_TD = self._decoder.embed(reading.prompt[cache.length :])
+        if reading.features:
+            places_T = np.array(reading.prompt[cache.length :]) == self._model.image_token_id
+            embeddings_TD[places_T] = np.concatenate(reading.features)
+        start = cache.length
+        for piece in reading.to_read:
+            self._decoder.read(embeddings_TD[cache.length - start : piece.end - start], cache)
+            self._prefixes.keep(piece, cache)
+        return self._decoder.read(embeddings_TD[cache.length - start :], cache)
