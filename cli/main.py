@@ -111,6 +111,13 @@ COMMANDS = (
         "serve",
     ),
     Command(
+        "bench",
+        "switchkd.serve.bench_command",
+        "measure what a bundle's answers take on this machine, stage by stage",
+        "use",
+        "serve",
+    ),
+    Command(
         "demo",
         "switchkd.demo.demo_command",
         "open a bundle as a web app on this machine",

@@ -105,7 +105,7 @@ def _bundle(folder: Path, precision: str, records: Records, pictures: Path) -> d
 def _report(
     measured: dict[str, dict[str, Any]], records: Records, arms: Sequence[str], seeds: int, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    from switchkd.export.verification.speed import this_machine
+    from switchkd.export.contract.processor import this_machine
 
     scores = {name: score(result["answers"], records) for name, result in measured.items()}
     report: dict[str, Any] = {

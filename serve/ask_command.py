@@ -71,7 +71,10 @@ def as_text(word: str) -> str:
 def timing_line(answer: Answer) -> str:
     """Say in one line how long an answer took and why it ended."""
     seconds = answer.seconds
-    parts = [f"picture {seconds.encode * 1000:.0f} ms", f"prompt {seconds.prefill * 1000:.0f} ms"]
+    parts = [
+        f"picture {(seconds.preprocess + seconds.encode) * 1000:.0f} ms",
+        f"prompt {seconds.prefill * 1000:.0f} ms",
+    ]
     speed = answer.tokens_per_second
     parts.append(f"{len(answer.tokens)} tokens" + (f" at {speed:.0f} a second" if speed else ""))
     if answer.finish_reason == "length":

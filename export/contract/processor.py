@@ -1,7 +1,10 @@
 """Which processor this is, and what it can do that decides how fast and how exactly a model runs. Free of torch."""
 
+import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 # As /proc/cpuinfo calls them: x86's `flags`, Arm's `Features`.
 _FEATURES = {
@@ -27,6 +30,21 @@ def processor_features() -> tuple[str, ...]:
     """What it can do of what matters here, AVX512-VNNI for example; empty where the system does not say."""
     flags = (_cpuinfo("flags") or _cpuinfo("Features") or "").split()
     return tuple(name for flag, name in _FEATURES.items() if flag in flags)
+
+
+def processors() -> int:
+    """How many logical processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def this_machine() -> dict[str, Any]:
+    """What measured seconds belong to: processor, how many of it, operating system, version of onnxruntime."""
+    return {
+        "processor": ", ".join([processor_name(), *processor_features()]),
+        "processors": processors(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "onnxruntime": version("onnxruntime"),
+    }
 
 
 def _cpuinfo(field: str) -> str | None:

@@ -12,10 +12,11 @@ from itertools import product, zip_longest
 from typing import Any, Self
 
 from ..contract.bundle import DECODER, GRAPHS, VISION_ENCODER
+from ..contract.processor import this_machine
 from ..graphs.parts import PARTS, parts_in
 from ..quantisation.precisions import METHODS, format_parts, methods_of
 from ..verification.graph_runner import Array
-from ..verification.speed import Speed, side_by_side, this_machine
+from ..verification.speed import Speed, side_by_side
 from .calibration import CalibrationError, Pair, Reference, Score, score
 from .variants import FLOAT32, Variants
 

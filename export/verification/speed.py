@@ -4,8 +4,6 @@ Shapes in names: see export/verification/graph_runner.py.
 """
 
 import functools
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +11,8 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
-
 from ..contract.bundle import VISION_ENCODER, Manifest
-from ..contract.processor import processor_features, processor_name
+from ..contract.processor import this_machine
 from .graph_runner import Array, Cache, GraphRunner
 from .parity import SamplePrompt
 
@@ -125,13 +121,3 @@ def _median(run: Callable[[], float]) -> float:
     while len(found) < _MOST_RUNS and sum(found) < _LONG_ENOUGH:
         found.append(run())
     return statistics.median(found)
-
-
-def this_machine() -> dict[str, Any]:
-    """What the seconds belong to: processor, how many of it, operating system, version of onnxruntime."""
-    return {
-        "processor": ", ".join([processor_name(), *processor_features()]),
-        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        "system": f"{platform.system()} {platform.machine()}",
-        "onnxruntime": onnxruntime.__version__,
-    }

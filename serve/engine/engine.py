@@ -31,8 +31,9 @@ MOST_THREADS = 1024  # of a graph; onnxruntime would start as many as it is told
 
 @dataclass(frozen=True)
 class Seconds:
-    """Where an answer's time went: opening and encoding its pictures, reading the prompt, writing the later tokens."""
+    """Where an answer's time went: its pictures opened and encoded, the prompt read, the later tokens written."""
 
+    preprocess: float = 0.0
     encode: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
@@ -40,7 +41,7 @@ class Seconds:
     @property
     def first_token(self) -> float:
         """Seconds until the first token."""
-        return self.encode + self.prefill
+        return self.preprocess + self.encode + self.prefill
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class AnswerStream(Iterator[str]):
         self._rules = TokenRules(engine.settings, request.prompt, model.eos_token_ids, model.vocab_size)
         self._text = TextStream(engine.tokenizer)
         self._tokens: list[int] = []
-        self._seconds = {"encode": request.opening, "prefill": 0.0, "decode": 0.0}
+        self._seconds = {"preprocess": request.opening, "encode": 0.0, "prefill": 0.0, "decode": 0.0}
         self._finish_reason: Literal["stop", "length"] | None = None
         self._pieces = self._write()
 

@@ -27,7 +27,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "folders",
         "process",
     ),
-    "serve": ("engine",),
+    "serve": ("bench", "engine"),
     "training": (
         "ablation",
         "estimate",

@@ -108,7 +108,7 @@ def test_json_says_everything(tiny_bundle: Path, png: Path, capsys: pytest.Captu
     assert said["precision"] == "int8"
     assert len(said["tokens"]) == 5
     assert said["finish_reason"] == "length"
-    assert set(said["seconds"]) == {"encode", "prefill", "decode"}
+    assert set(said["seconds"]) == {"preprocess", "encode", "prefill", "decode"}
     assert min(said["seconds"].values()) > 0
 
 

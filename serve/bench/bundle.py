@@ -1,0 +1,50 @@
+"""A bundle under the bench: `python -m switchkd.serve.bench.bundle BUNDLE [--precision P] [--threads N] ...`."""
+
+import argparse
+import sys
+import time
+
+from .protocol import requests, write
+
+
+def main() -> int:
+    """Answer the bench's requests from a bundle."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("bundle")
+    parser.add_argument("--precision")
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    start = time.perf_counter()
+    import onnxruntime
+
+    from switchkd.export.contract.bundle import BundleError
+
+    from ..engine.conversation import ConversationError
+    from ..engine.engine import Engine
+
+    try:
+        engine = Engine.open(args.bundle, args.precision, args.threads)
+    except (BundleError, ConversationError) as error:
+        write({"error": str(error)})
+        return 1
+    about = {"precision": engine.bundle.precision, "onnxruntime": onnxruntime.__version__}
+    for request, answered in requests(time.perf_counter() - start, about):
+        start = time.perf_counter()
+        answer = engine.answer(request["question"], [request["picture"]], max_new_tokens=request["tokens"])
+        whole, seconds, tokens = time.perf_counter() - start, answer.seconds, len(answer.tokens)
+        answered(
+            {
+                "preprocess": seconds.preprocess,
+                "encode": seconds.encode,
+                "prefill": seconds.prefill,
+                "first_token": seconds.first_token,
+                "token": seconds.decode / (tokens - 1) if tokens > 1 else None,
+                "whole": whole,
+                "tokens": tokens,
+            }
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
