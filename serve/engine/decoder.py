@@ -12,7 +12,7 @@ import numpy.typing as npt
 from switchkd.export.contract.bundle import DECODER, EMBED_TOKENS, FUSED, NUM_LOGITS_TO_KEEP, Bundle
 
 from .graph_session import GraphSession, MissingOperatorError
-from .kv_cache import KVCache
+from .kv_cache import GrowingCache, KVCache, Positions, SharedCache
 
 Floats = npt.NDArray[np.float32]
 
@@ -36,9 +36,11 @@ class Decoder:
         """Which of the bundle's decoders runs."""
         return self._decode.form
 
-    def new_cache(self) -> KVCache:
-        """An empty memory, for one conversation."""
-        return KVCache(self._cache_shape, self._cache_dtype)
+    def new_cache(self, room: int, start: Positions | None = None) -> KVCache:
+        """A memory for one conversation of at most `room` positions, empty or with those to start from."""
+        if self.form == FUSED:
+            return SharedCache(self._cache_shape, self._cache_dtype, room, start)
+        return GrowingCache(self._cache_shape, self._cache_dtype, start)
 
     def embed(self, tokens: Sequence[int]) -> Floats:
         """Return embeddings_TD of token ids."""
@@ -57,7 +59,7 @@ class Decoder:
             NUM_LOGITS_TO_KEEP: np.array(1),
         }
         feeds = {name: session.value(name, array) for name, array in arrays.items() if session.takes(name)}
-        outputs = session.run({**feeds, **cache.inputs})
+        outputs = session.run({**feeds, **cache.inputs}, cache.outputs)
         cache.advance(outputs, new)
         logits_V: Floats = outputs["logits"].numpy()[0, -1].astype(np.float32)
         return logits_V

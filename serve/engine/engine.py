@@ -103,7 +103,8 @@ class AnswerStream(Iterator[str]):
     def _write(self) -> Iterator[str]:
         reader, decoder = self._engine.reader, self._engine.decoder
         start = perf_counter()
-        reading = reader.look(self._request.prompt, self._request.pictures)
+        prompt, room = self._request.prompt, len(self._request.prompt) + self._request.max_tokens
+        reading = reader.look(prompt, self._request.pictures, room)
         start = self._spend("encode", start)
         token = self._choose(reader.read(reading))
         self._spend("prefill", start)

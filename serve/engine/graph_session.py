@@ -1,6 +1,7 @@
 """Opens one ONNX graph of a bundle with onnxruntime and runs it on values that stay onnxruntime's own."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +67,23 @@ class GraphSession:
         value: OrtValue = OrtValue.ortvalue_from_numpy(np.asarray(array, dtype=self._dtypes[name], order="C"))
         return value
 
-    def run(self, inputs: Mapping[str, OrtValue]) -> dict[str, OrtValue]:
-        """Run the graph; the results are onnxruntime's own memory and can go back in without a copy."""
-        return dict(zip(self.outputs, self._session.run_with_ort_values(list(self.outputs), dict(inputs)), strict=True))
+    def run(
+        self, inputs: Mapping[str, OrtValue], outputs: Mapping[str, OrtValue] = MappingProxyType({})
+    ) -> dict[str, OrtValue]:
+        """Run the graph; the results are onnxruntime's own memory and can go back in without a copy.
+
+        Those of `outputs` are written there instead, which may be the memory of an input where the operators allow it.
+        """
+        if not outputs:
+            results = self._session.run_with_ort_values(list(self.outputs), dict(inputs))
+            return dict(zip(self.outputs, results, strict=True))
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self.outputs:
+            if name in outputs:
+                binding.bind_ortvalue_output(name, outputs[name])
+            else:
+                binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        return dict(zip(self.outputs, binding.get_outputs(), strict=True))

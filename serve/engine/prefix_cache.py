@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .kv_cache import KVCache
+from .kv_cache import KVCache, Positions
 
 MEMORY = 128  # MiB
 
@@ -52,27 +52,28 @@ class PrefixCache:
     def __init__(self, budget: int) -> None:
         """Keep at most `budget` bytes; 0 keeps nothing."""
         self.budget = budget
-        self._kept: OrderedDict[bytes, KVCache] = OrderedDict()
+        self._kept: OrderedDict[bytes, Positions] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
-    def longest(self, candidates: Sequence[Prefix]) -> KVCache | None:
-        """Return a copy of the cache of the longest of these prefixes that is known, or None."""
+    def longest(self, candidates: Sequence[Prefix]) -> Positions | None:
+        """Return what was made of the longest of these prefixes that is known, or None."""
         with self._lock:
             for prefix in reversed(candidates):
                 if prefix.key in self._kept:
                     self._kept.move_to_end(prefix.key)
-                    return self._kept[prefix.key].copy()
+                    return self._kept[prefix.key]
         return None
 
     def keep(self, prefix: Prefix, cache: KVCache) -> None:
         """Remember a prefix's cache as it is now."""
         if cache.nbytes > self.budget:
             return
+        positions = cache.frozen()
         with self._lock:
             if prefix.key not in self._kept:
-                self._kept[prefix.key] = cache.copy()
-                self._bytes += cache.nbytes
+                self._kept[prefix.key] = positions
+                self._bytes += positions.nbytes
             self._kept.move_to_end(prefix.key)
             while self._bytes > self.budget:
                 _, dropped = self._kept.popitem(last=False)

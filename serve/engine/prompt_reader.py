@@ -33,12 +33,15 @@ class PromptReader:
         self._model, self._encoder, self._decoder = bundle.model, encoder, decoder
         self._prefixes = PrefixCache(memory)
 
-    def look(self, prompt: Sequence[int], pictures: Sequence[OpenPicture]) -> Reading:
-        """Encode the pictures of a prompt, but for those in a beginning that is remembered."""
+    def look(self, prompt: Sequence[int], pictures: Sequence[OpenPicture], room: int) -> Reading:
+        """Encode the pictures of a prompt, but for those in a beginning that is remembered.
+
+        `room` positions are what prompt and answer take at most.
+        """
         model = self._model
         keys = [picture.key for picture in pictures]
         pieces = prefixes(prompt, keys, model.image_token_id, model.tokens_per_picture) if self._prefixes.budget else []
-        cache = self._prefixes.longest(pieces) or self._decoder.new_cache()
+        cache = self._decoder.new_cache(room, self._prefixes.longest(pieces))
         to_read = [piece for piece in pieces if piece.end > cache.length]
         known = len(pieces) - len(to_read)
         return Reading(prompt, to_read, [self._encoder.encode(picture) for picture in pictures[known:]], cache)

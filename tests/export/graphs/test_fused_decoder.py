@@ -26,6 +26,7 @@ from switchkd.export.verification.parity import compare, record, sample_prompts
 from switchkd.export.verification.reference import TorchReference
 from switchkd.serve import Engine
 from switchkd.serve.engine.graph_session import MissingOperatorError
+from switchkd.serve.engine.kv_cache import GrowingCache, SharedCache
 
 QUESTION = "How many red circles are there?"
 
@@ -236,3 +237,37 @@ def test_engine_goes_without_an_operator_that_its_runtime_lacks(copy: Path, pict
     assert engine.answer(QUESTION, [picture], max_new_tokens=3).tokens
     with pytest.raises(MissingOperatorError, match="lacks an operator"):
         Engine(Bundle.open(copy).in_form(FUSED), threads=1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "q4", "q4f16"])
+def test_one_buffer_for_past_and_present_changes_no_bit(both: Path, precision: str) -> None:
+    """Steps that write into the buffer give what steps that copy it give, also behind a beginning that was kept."""
+    engine = Engine.open(both, precision, threads=1)
+    decoder, model = engine.decoder, engine.bundle.model
+    assert decoder.form == FUSED
+    pieces = [decoder.embed(ids) for ids in ([5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15], [16])]
+    copied, shared = GrowingCache(model.cache, engine.bundle.cache_dtype), decoder.new_cache(12)
+    assert isinstance(shared, SharedCache)
+    for piece in pieces[:2]:
+        np.testing.assert_array_equal(decoder.read(piece, shared), decoder.read(piece, copied))
+    kept = shared.frozen()
+    again = decoder.new_cache(40, kept)
+    for piece in pieces[2:]:
+        expected = decoder.read(piece, copied)
+        np.testing.assert_array_equal(decoder.read(piece, shared), expected)
+        np.testing.assert_array_equal(decoder.read(piece, again), expected)
+    assert (kept.length, shared.length, again.length) == (10, 12, 12)
+    assert kept.nbytes == sum(value.numpy().nbytes for value in kept.values.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "q4"])
+def test_a_known_picture_changes_no_bit_of_an_answer(both: Path, precision: str) -> None:
+    picture = Image.new("RGB", (40, 30), (200, 60, 20))
+    warm, cold = (Engine.open(both, precision, threads=1) for _ in range(2))
+
+    def tokens(engine: Engine, question: str) -> tuple[int, ...]:
+        return engine.answer(question, [picture], max_new_tokens=12).tokens
+
+    first = tokens(warm, QUESTION)
+    assert tokens(warm, "And what else is there?") == tokens(cold, "And what else is there?")
+    assert tokens(warm, QUESTION) == first

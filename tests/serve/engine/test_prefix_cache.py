@@ -21,7 +21,7 @@ IMAGE = 9
 def look(engine: Engine, question: str | Sequence[Message], pictures: Sequence[Image.Image]) -> Reading:
     """What the engine does before it reads a prompt."""
     prompt = engine.prompt.encode(to_messages(question, len(pictures)), len(pictures))
-    return engine.reader.look(prompt, [engine.encoder.open(picture) for picture in pictures])
+    return engine.reader.look(prompt, [engine.encoder.open(picture) for picture in pictures], len(prompt) + 1)
 
 
 def logits(engine: Engine, question: str | Sequence[Message], pictures: Sequence[Image.Image]) -> Floats:
@@ -93,7 +93,7 @@ def test_the_budget_is_kept_and_the_oldest_go_first(tiny_bundle: Path) -> None:
     engine = Engine.open(tiny_bundle, "fp32", threads=1)
 
     def cache(positions: int) -> KVCache:
-        memory = engine.decoder.new_cache()
+        memory = engine.decoder.new_cache(13)
         engine.decoder.read(engine.decoder.embed([5] * positions), memory)
         assert memory.nbytes == sum(value.numpy().nbytes for value in memory.inputs.values())
         return memory
