@@ -6,7 +6,7 @@ from switchkd.export.contract.prompt import Message, PromptError
 
 from .engine.conversation import ConversationError
 from .engine.engine import MAX_NEW_TOKENS, Answer, AnswerStream, Engine, Seconds
-from .engine.sampling import Sampling, SamplingError
+from .engine.sampling import Sampling, SamplingError, TokenLogprob
 
 __all__ = [
     "MAX_NEW_TOKENS",
@@ -22,4 +22,5 @@ __all__ = [
     "Sampling",
     "SamplingError",
     "Seconds",
+    "TokenLogprob",
 ]

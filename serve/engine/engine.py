@@ -21,11 +21,12 @@ from .decoder import Decoder, Floats
 from .picture_encoder import OpenPicture, Picture, PictureEncoder
 from .prefix_cache import MEMORY as PREFIX_MEMORY
 from .prompt_reader import PromptReader
-from .sampling import Sampler, Sampling
+from .sampling import Sampler, Sampling, SamplingError, TokenLogprob, token_logprob
 from .text_stream import TextStream
 from .token_rules import TokenRules
 
 MAX_NEW_TOKENS = 256
+MOST_LOGPROBS = 20  # likeliest tokens that are told for each written one
 MOST_THREADS = 1024  # of a graph; onnxruntime would start as many as it is told
 
 
@@ -53,6 +54,7 @@ class Answer:
     prompt_tokens: int
     finish_reason: Literal["stop", "length"] | None  # None: not finished
     seconds: Seconds
+    logprobs: tuple[TokenLogprob, ...] | None = None  # of `tokens`, where they were asked for
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -69,6 +71,7 @@ class _Request:
     opening: float
     max_tokens: int
     sampling: Sampling
+    logprobs: int | None = None
 
 
 class AnswerStream(Iterator[str]):
@@ -82,6 +85,7 @@ class AnswerStream(Iterator[str]):
         self._rules = TokenRules(engine.settings, request.prompt, model.eos_token_ids, model.vocab_size)
         self._text = TextStream(engine.tokenizer)
         self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
         self._seconds = {"preprocess": request.opening, "encode": 0.0, "prefill": 0.0, "decode": 0.0}
         self._finish_reason: Literal["stop", "length"] | None = None
         self._pieces = self._write()
@@ -98,6 +102,7 @@ class AnswerStream(Iterator[str]):
             prompt_tokens=len(self._request.prompt),
             finish_reason=self._finish_reason,
             seconds=Seconds(**self._seconds),
+            logprobs=None if self._request.logprobs is None else tuple(self._logprobs[: len(self._tokens)]),
         )
 
     def _write(self) -> Iterator[str]:
@@ -124,7 +129,10 @@ class AnswerStream(Iterator[str]):
             yield piece
 
     def _choose(self, logits_V: Floats) -> int:
-        return self._sampler.choose(self._rules.apply(logits_V, self._tokens))
+        token = self._sampler.choose(self._rules.apply(logits_V, self._tokens))
+        if self._request.logprobs is not None:
+            self._logprobs.append(token_logprob(logits_V, token, self._request.logprobs))
+        return token
 
     def _spend(self, part: str, start: float) -> float:
         now = perf_counter()
@@ -176,17 +184,21 @@ class Engine:
         *,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
+        logprobs: int | None = None,
     ) -> AnswerStream:
         """Check a question (or chat messages whose image parts are `pictures`, in order) and answer it piece by piece.
 
         The bundle's generation_config.json is obeyed where `sampling` and `max_new_tokens` do not say otherwise; where
         it says nothing the answer is greedy, of MAX_NEW_TOKENS at most. It ends earlier at an end token, or where the
-        model's context is full. Raises PictureError, PromptError or ConversationError before the first piece.
+        model's context is full. With `logprobs` the answer tells how likely every written token was, and so many others
+        in its place. Raises PictureError, PromptError, ConversationError or SamplingError before the first piece.
         """
         if max_new_tokens is None:
             max_new_tokens = self.settings.max_new_tokens or MAX_NEW_TOKENS
         if max_new_tokens < 1:
             raise ConversationError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
+        if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
+            raise SamplingError(f"logprobs is {logprobs}, expected 0 (of the written tokens alone) to {MOST_LOGPROBS}")
         messages = to_messages(question, len(pictures))
         start = perf_counter()
         opened = [self.encoder.open(picture) for picture in pictures]
@@ -200,7 +212,7 @@ class Engine:
                 f"{self.bundle.model.max_positions - 1} and an answer; ask with less text or fewer pictures"
             )
         max_tokens = min(max_new_tokens, room)
-        return AnswerStream(self, _Request(prompt, opened, opening, max_tokens, sampling or Sampling()))
+        return AnswerStream(self, _Request(prompt, opened, opening, max_tokens, sampling or Sampling(), logprobs))
 
     def answer(
         self,
@@ -209,9 +221,10 @@ class Engine:
         *,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
+        logprobs: int | None = None,
     ) -> Answer:
         """Answer at once: the arguments and errors of `stream`."""
-        stream = self.stream(question, pictures, max_new_tokens=max_new_tokens, sampling=sampling)
+        stream = self.stream(question, pictures, max_new_tokens=max_new_tokens, sampling=sampling, logprobs=logprobs)
         for _ in stream:
             pass
         return stream.answer

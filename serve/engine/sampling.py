@@ -53,6 +53,26 @@ class Sampling:
 _GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0)
 
 
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model found a token that was written, and the likeliest ones in its place, the likeliest first.
+
+    Natural logarithms of the probabilities over the whole vocabulary, before temperature, nucleus and rules.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def token_logprob(logits_V: npt.NDArray[np.float32], token: int, top: int) -> TokenLogprob:
+    """Return it for one token, with the `top` likeliest."""
+    scaled_V = logits_V.astype(np.float64) - float(logits_V.max())
+    logprob_V = scaled_V - np.log(np.exp(scaled_V).sum())
+    likeliest = np.argsort(-logprob_V, kind="stable")[:top].tolist() if top else []
+    return TokenLogprob(token, float(logprob_V[token]), tuple((each, float(logprob_V[each])) for each in likeliest))
+
+
 class Sampler:
     """Draws the tokens of one answer; its random numbers belong to that answer alone."""
 

@@ -11,7 +11,16 @@ import pytest
 from PIL import Image
 
 from switchkd.export.contract.bundle import Bundle
-from switchkd.serve import BundleError, ConversationError, Engine, Message, PictureError, PromptError, Sampling
+from switchkd.serve import (
+    BundleError,
+    ConversationError,
+    Engine,
+    Message,
+    PictureError,
+    PromptError,
+    Sampling,
+    SamplingError,
+)
 
 TorchAnswer = Callable[[Any, list[Image.Image], int], tuple[int, ...]]
 
@@ -233,6 +242,23 @@ def test_a_template_that_refuses_says_so(tiny_bundle: Path) -> None:
     engine = Engine(bundle, threads=1)
     with pytest.raises(PromptError, match="users only"):
         engine.stream(QUESTION)
+
+
+def test_log_probabilities_belong_to_the_tokens(engine: Engine, pictures: list[Image.Image]) -> None:
+    answer = engine.answer(QUESTION, pictures[:1], max_new_tokens=6, logprobs=3)
+    assert answer.logprobs is not None
+    assert [each.token for each in answer.logprobs] == list(answer.tokens)
+    for each in answer.logprobs:  # a greedy answer
+        assert each.top[0] == (each.token, each.logprob)
+        assert len(each.top) == 3
+        assert 0 > each.top[0][1] >= each.top[1][1] >= each.top[2][1]
+    assert engine.answer(QUESTION, pictures[:1], max_new_tokens=6).logprobs is None
+    drawn = engine.answer(QUESTION, max_new_tokens=6, logprobs=0, sampling=Sampling(temperature=5.0, seed=3))
+    assert drawn.logprobs is not None
+    assert [(each.token, each.top) for each in drawn.logprobs] == [(token, ()) for token in drawn.tokens]
+    for wrong in (-1, 21):
+        with pytest.raises(SamplingError, match=f"logprobs is {wrong}, expected 0 .* to 20"):
+            engine.stream(QUESTION, logprobs=wrong)
 
 
 def test_an_empty_picture_is_refused(engine: Engine) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from switchkd.serve import Sampling, SamplingError
-from switchkd.serve.engine.sampling import Sampler
+from switchkd.serve.engine.sampling import Sampler, token_logprob
 
 LOGITS = np.log(np.array([0.5, 0.1, 0.3, 0.07, 0.03], dtype=np.float32))
 
@@ -68,3 +68,13 @@ def test_a_seed_repeats_its_draws_and_another_does_not() -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SamplingError, match=message):
         Sampling(**settings)
+
+
+def test_log_probabilities_are_of_the_whole_vocabulary() -> None:
+    found = token_logprob(LOGITS + 50, token=3, top=2)
+    assert found.token == 3
+    assert found.logprob == pytest.approx(np.log(0.07), abs=1e-6)
+    assert [token for token, _ in found.top] == [0, 2]
+    np.testing.assert_allclose([value for _, value in found.top], np.log([0.5, 0.3]), atol=1e-6)
+    assert token_logprob(LOGITS, 0, 0).top == ()
+    assert token_logprob(np.array([-np.inf, 1e30, 0], dtype=np.float32), 1, 1).logprob == 0
