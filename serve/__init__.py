@@ -6,6 +6,7 @@ from switchkd.export.contract.prompt import Message, PromptError
 
 from .engine.conversation import ConversationError
 from .engine.engine import MAX_NEW_TOKENS, Answer, AnswerStream, Engine, Seconds
+from .engine.prefix_folder import PrefixFolderError
 from .engine.sampling import Sampling, SamplingError, TokenLogprob
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Message",
     "Picture",
     "PictureError",
+    "PrefixFolderError",
     "PromptError",
     "Sampling",
     "SamplingError",

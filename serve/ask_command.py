@@ -13,12 +13,13 @@ from . import (
     ConversationError,
     Engine,
     PictureError,
+    PrefixFolderError,
     PromptError,
     Sampling,
     SamplingError,
 )
 
-ERRORS = (BundleError, ConversationError, PictureError, PromptError, SamplingError)
+ERRORS = (BundleError, ConversationError, PictureError, PrefixFolderError, PromptError, SamplingError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", metavar="QUESTION", help="what to ask about it")
     parser.add_argument("--precision", help="which of the bundle's precisions (default: its first)")
     parser.add_argument("--threads", type=int, help="threads to compute with (default: one a core)")
+    parser.add_argument(
+        "--prefixes",
+        metavar="FOLDER",
+        help="keep what the model made of the picture there, and begin with it the next time",
+    )
     own = "default: the bundle's generation_config.json, or"
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"{own} {MAX_NEW_TOKENS}")
     parser.add_argument("--temperature", type=float, metavar="T", help=f"0 is greedy ({own} 0)")
@@ -41,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answer one question; the errors in ERRORS are for people."""
     sampling = Sampling(args.temperature, args.top_p, args.seed, args.top_k)
-    engine = Engine.open(args.bundle, args.precision, args.threads)
+    engine = Engine.open(args.bundle, args.precision, args.threads, prefix_folder=args.prefixes)
     stream = engine.stream(
         as_text(args.question), [args.picture], max_new_tokens=args.max_new_tokens, sampling=sampling
     )

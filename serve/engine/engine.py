@@ -20,6 +20,8 @@ from .conversation import ConversationError, PromptTokens, to_messages
 from .decoder import Decoder, Floats
 from .picture_encoder import OpenPicture, Picture, PictureEncoder
 from .prefix_cache import MEMORY as PREFIX_MEMORY
+from .prefix_cache import PrefixCache
+from .prefix_folder import PrefixFolder, fingerprint
 from .prompt_reader import PromptReader
 from .sampling import Sampler, Sampling, SamplingError, TokenLogprob, token_logprob
 from .text_stream import TextStream
@@ -144,7 +146,13 @@ class Engine:
     """A bundle that answers; threads may share it, every answer has its own memory."""
 
     def __init__(
-        self, bundle: Bundle, threads: int | None = None, *, prefill: bool = True, prefix_memory: int = PREFIX_MEMORY
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        *,
+        prefill: bool = True,
+        prefix_memory: int = PREFIX_MEMORY,
+        prefix_folder: str | Path | None = None,
     ) -> None:
         if threads is not None and not 1 <= threads <= MOST_THREADS:
             raise ConversationError(f"threads is {threads}, expected 1 to {MOST_THREADS}; one a core is usual")
@@ -155,7 +163,12 @@ class Engine:
         self.decoder = Decoder(bundle, threads, prefill=prefill)
         if prefix_memory < 0:
             raise ConversationError(f"prefix_memory is {prefix_memory} MiB, expected 0 (keep nothing) or more")
-        self.reader = PromptReader(bundle, self.encoder, self.decoder, prefix_memory * 2**20)
+        folder = None
+        if prefix_folder is not None:
+            model = fingerprint(bundle, self.decoder.form, prefill)
+            folder = PrefixFolder(Path(prefix_folder), model, bundle.model.cache.past_names())
+        kept = PrefixCache(prefix_memory * 2**20, folder)
+        self.reader = PromptReader(bundle.model, self.encoder, self.decoder, kept)
         self.prompt = PromptTokens(bundle, self.tokenizer)
 
     @classmethod
@@ -167,15 +180,18 @@ class Engine:
         *,
         prefill: bool = True,
         prefix_memory: int = PREFIX_MEMORY,
+        prefix_folder: str | Path | None = None,
     ) -> Self:
         """Open a bundle folder with `threads` for each graph (None: one a core).
 
         `precision=None` takes the bundle's first: whoever exported it measured them and put the recommended one in
         front. `prefill=False` does without the second decoder that reads prompts where the bundle names one: less
         memory. `prefix_memory` MiB hold what was made of pictures, so that the next question about one begins at once;
-        with 0 a prompt is read in one piece, a little faster. Raises BundleError.
+        with 0 a prompt is read in one piece, a little faster. `prefix_folder` keeps it in files too, for later
+        processes. Raises BundleError, PrefixFolderError.
         """
-        return cls(Bundle.open(path, precision), threads, prefill=prefill, prefix_memory=prefix_memory)
+        bundle = Bundle.open(path, precision)
+        return cls(bundle, threads, prefill=prefill, prefix_memory=prefix_memory, prefix_folder=prefix_folder)
 
     def stream(
         self,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .kv_cache import KVCache, Positions
+from .prefix_folder import PrefixFolder
 
 MEMORY = 128  # MiB
 
@@ -49,32 +50,43 @@ class PrefixCache:
     Threads may share it.
     """
 
-    def __init__(self, budget: int) -> None:
-        """Keep at most `budget` bytes; 0 keeps nothing."""
-        self.budget = budget
+    def __init__(self, budget: int, folder: PrefixFolder | None = None) -> None:
+        """Keep at most `budget` bytes, and whatever is kept in a folder too; without either nothing is."""
+        self.keeps = bool(budget) or folder is not None
+        self._budget, self._folder = budget, folder
         self._kept: OrderedDict[bytes, Positions] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
     def longest(self, candidates: Sequence[Prefix]) -> Positions | None:
-        """Return what was made of the longest of these prefixes that is known, or None."""
-        with self._lock:
-            for prefix in reversed(candidates):
+        """Return what was made of the longest of these prefixes that is known, or None. Raises PrefixFolderError."""
+        for prefix in reversed(candidates):
+            with self._lock:
                 if prefix.key in self._kept:
                     self._kept.move_to_end(prefix.key)
                     return self._kept[prefix.key]
+            if self._folder is not None and (positions := self._folder.read(prefix.key)) is not None:
+                self._remember(prefix, positions)
+                return positions
         return None
 
     def keep(self, prefix: Prefix, cache: KVCache) -> None:
-        """Remember a prefix's cache as it is now."""
-        if cache.nbytes > self.budget:
+        """Remember a prefix's cache as it is now. Raises PrefixFolderError."""
+        if self._folder is None and cache.nbytes > self._budget:
             return
         positions = cache.frozen()
+        self._remember(prefix, positions)
+        if self._folder is not None:
+            self._folder.write(prefix.key, positions)
+
+    def _remember(self, prefix: Prefix, positions: Positions) -> None:
+        if positions.nbytes > self._budget:
+            return
         with self._lock:
             if prefix.key not in self._kept:
                 self._kept[prefix.key] = positions
                 self._bytes += positions.nbytes
             self._kept.move_to_end(prefix.key)
-            while self._bytes > self.budget:
+            while self._bytes > self._budget:
                 _, dropped = self._kept.popitem(last=False)
                 self._bytes -= dropped.nbytes

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from switchkd.export.contract.bundle import Bundle
+from switchkd.export.contract.bundle import ModelFacts
 
 from .decoder import Decoder, Floats
 from .kv_cache import KVCache
@@ -27,11 +27,10 @@ class Reading:
 
 
 class PromptReader:
-    """Prompt and pictures into a KVCache; the caches of their beginnings are kept in `memory` bytes."""
+    """Prompt and pictures into a KVCache; what was made of their beginnings is kept."""
 
-    def __init__(self, bundle: Bundle, encoder: PictureEncoder, decoder: Decoder, memory: int) -> None:
-        self._model, self._encoder, self._decoder = bundle.model, encoder, decoder
-        self._prefixes = PrefixCache(memory)
+    def __init__(self, model: ModelFacts, encoder: PictureEncoder, decoder: Decoder, kept: PrefixCache) -> None:
+        self._model, self._encoder, self._decoder, self._prefixes = model, encoder, decoder, kept
 
     def look(self, prompt: Sequence[int], pictures: Sequence[OpenPicture], room: int) -> Reading:
         """Encode the pictures of a prompt, but for those in a beginning that is remembered.
@@ -40,7 +39,7 @@ class PromptReader:
         """
         model = self._model
         keys = [picture.key for picture in pictures]
-        pieces = prefixes(prompt, keys, model.image_token_id, model.tokens_per_picture) if self._prefixes.budget else []
+        pieces = prefixes(prompt, keys, model.image_token_id, model.tokens_per_picture) if self._prefixes.keeps else []
         cache = self._decoder.new_cache(room, self._prefixes.longest(pieces))
         to_read = [piece for piece in pieces if piece.end > cache.length]
         known = len(pieces) - len(to_read)

@@ -1,5 +1,6 @@
 """The next question about a picture is read from behind it, and answered to the last bit as if it were the first."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from switchkd.serve import ConversationError, Engine, Message
+from switchkd.cli.main import main
+from switchkd.serve import ConversationError, Engine, Message, PrefixFolderError
 from switchkd.serve.engine.conversation import to_messages
 from switchkd.serve.engine.decoder import Floats
 from switchkd.serve.engine.kv_cache import KVCache
@@ -125,3 +127,45 @@ def test_prefixes_end_with_pictures_and_know_them() -> None:
     assert prefixes([*prompt[:3], 7, *prompt[4:]], [b"a", b"b"], IMAGE, 2)[1] != second
     assert prefixes(prompt[:6], [b"a", b"b"], IMAGE, 2) == [first]  # something has to be left to read
     assert prefixes([1, 2], [], IMAGE, 2) == []
+
+
+def test_a_later_process_goes_on_from_files(
+    tiny_bundle: Path, pictures: list[Image.Image], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, picture = tmp_path / "kept" / "prefixes", tmp_path / "picture.png"
+    pictures[0].save(picture)
+    first = Engine.open(tiny_bundle, "fp32", threads=1, prefix_folder=folder)
+    logits(first, FIRST, [pictures[0], pictures[1]])
+    names = sorted(file.name for file in folder.iterdir())
+    assert len(names) == 2  # one up to each picture, and nothing half written
+    later = Engine.open(tiny_bundle, "fp32", threads=1, prefix_folder=folder, prefix_memory=0)
+    reading = look(later, SECOND, [pictures[0], pictures[1]])
+    assert not reading.features
+    cold = Engine.open(tiny_bundle, "fp32", threads=1)
+    np.testing.assert_array_equal(later.reader.read(reading), logits(cold, SECOND, [pictures[0], pictures[1]]))
+    other = Engine.open(tiny_bundle, "int8", threads=1, prefix_folder=folder)
+    assert look(other, SECOND, [pictures[0], pictures[1]]).cache.length == 0  # another precision's are its own
+    assert sorted(file.name for file in folder.iterdir()) == names
+    words = ["ask", str(tiny_bundle), str(picture), FIRST, "--precision", "fp32", "--prefixes", str(folder), "--json"]
+    assert [main(words) for _ in range(2)] == [0, 0]
+    one, two = (json.loads(line)["tokens"] for line in capsys.readouterr().out.splitlines())
+    assert one == two
+    assert sorted(file.name for file in folder.iterdir()) == names  # it begins as the one of both pictures does
+
+
+def test_folders_and_files_that_are_none_say_so(tiny_bundle: Path, pictures: list[Image.Image], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(PrefixFolderError, match=r"file: cannot be made \(File exists\); choose another place"):
+        Engine.open(tiny_bundle, "fp32", prefix_folder=tmp_path / "file")
+    folder = tmp_path / "prefixes"
+    engine = Engine.open(tiny_bundle, "fp32", threads=1, prefix_folder=folder, prefix_memory=0)
+    logits(engine, FIRST, pictures[:1])
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])
+    with pytest.raises(PrefixFolderError, match=r"safetensors: cannot be read \(.+\); remove it"):
+        look(engine, FIRST, pictures[:1])
+    start = file.name.split("-")[0].encode()
+    file.write_bytes(whole.replace(start, start[::-1]))
+    with pytest.raises(PrefixFolderError, match="is of another bundle; remove it"):
+        look(engine, FIRST, pictures[:1])
