@@ -58,7 +58,7 @@ class PrefixFolder:
         return Positions(int(facts["length"]), nbytes, tensors)
 
     def write(self, key: bytes, positions: Positions) -> None:
-        """Write a prefix unless it is there: whole or not at all. Raises PrefixFolderError, where a disk is full say."""
+        """Write a prefix unless it is there: whole or not at all. Raises PrefixFolderError."""
         file = self._file(key)
         if file.exists():
             return
