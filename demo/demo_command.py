@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from switchkd.serve import BundleError, ConversationError, Engine
+from switchkd.serve import BundleError, ConversationError, Engine, return_freed_blocks
 
 from .examples import EXAMPLES, DemoError, read_examples
 
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve the page until Ctrl-C or SIGTERM; the errors in ERRORS are for people."""
     port = find_port(args.host, args.port)
+    return_freed_blocks()
     with upload_folder() as uploads:
         engine = Engine.open(args.bundle, args.precision, args.threads)
         folder = args.examples or args.bundle / "examples"

@@ -3,6 +3,7 @@
 from switchkd.export.contract.bundle import BundleError
 from switchkd.export.contract.pixels import Picture, PictureError
 from switchkd.export.contract.prompt import Message, PromptError
+from switchkd.export.process.memory import return_freed_blocks
 
 from .engine.conversation import ConversationError
 from .engine.engine import MAX_NEW_TOKENS, Answer, AnswerStream, Engine, Seconds
@@ -25,4 +26,5 @@ __all__ = [
     "SamplingError",
     "Seconds",
     "TokenLogprob",
+    "return_freed_blocks",
 ]

@@ -17,6 +17,7 @@ from . import (
     PromptError,
     Sampling,
     SamplingError,
+    return_freed_blocks,
 )
 
 ERRORS = (BundleError, ConversationError, PictureError, PrefixFolderError, PromptError, SamplingError)
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer one question; the errors in ERRORS are for people."""
+    return_freed_blocks()
     sampling = Sampling(args.temperature, args.top_p, args.seed, args.top_k)
     engine = Engine.open(args.bundle, args.precision, args.threads, prefix_folder=args.prefixes)
     stream = engine.stream(

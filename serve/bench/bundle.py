@@ -4,6 +4,8 @@ import argparse
 import sys
 import time
 
+from switchkd.export.process.memory import return_freed_blocks
+
 from .protocol import requests, write
 
 
@@ -14,6 +16,7 @@ def main() -> int:
     parser.add_argument("--precision")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
+    return_freed_blocks()
     start = time.perf_counter()
     import onnxruntime
 

@@ -44,8 +44,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
 }
 # What the rooms share. It runs on boards without torch, so it may import only itself.
-SHARED = ("switchkd.export.contract", "switchkd.export.folders")
-TORCH_FREE = ("export/__init__.py", "export/contract/", "export/folders/")
+SHARED = ("switchkd.export.contract", "switchkd.export.folders", "switchkd.export.process")
+TORCH_FREE = ("export/__init__.py", "export/contract/", "export/folders/", "export/process/")
 TORCH_AND_KIN = ("torch", "transformers", "accelerate", "deepspeed", "onnx", "onnxscript", "optimum", "datasets")
 
 # room -> the modules of other rooms that it may import; a name allows what lies below it only where it ends in ".*"
@@ -58,7 +58,7 @@ OPEN_DOORS: dict[str, tuple[str, ...]] = {
         "switchkd.export.llava.*",  # both rooms load checkpoints, and refuse by one rule what does not fit
     ),
     "export": (),
-    "serve": ("switchkd.export.contract.*",),
+    "serve": ("switchkd.export.contract.*", "switchkd.export.process.memory"),
     "demo": ("switchkd.serve",),
     "cli": ("switchkd.training.*", "switchkd.export.*", "switchkd.serve.*", "switchkd.demo.*"),
 }
