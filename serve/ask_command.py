@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
             print(piece, end="", flush=True)
     if args.json:
         said = {**asdict(stream.answer), "precision": engine.bundle.precision}
+        del said["logprobs"]  # nobody asked for them
         narrow = not (sys.stdout.encoding or "utf").lower().startswith("utf")
         print(json.dumps(said, ensure_ascii=narrow))
     else:

@@ -20,12 +20,12 @@ QUESTION = "What colour is the square on the left?"
 FORMATS = ["png", "jpg", "webp", "gif", "tiff", "bmp", "ppm", "tga", "ico", "avif", "jp2"]
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"]
 
-# Runs the real command where nothing can be imported but Python's own modules and the five packages of [serve].
+# Runs the real command where nothing can be imported but Python's own modules and the packages of [serve] that it needs.
 ALONE = """
 import sys
 from importlib.machinery import PathFinder
 class OnlyServe:
-    serve = {"switchkd", "onnxruntime", "tokenizers", "PIL", "numpy", "jinja2", "markupsafe"}
+    serve = {"switchkd", "onnxruntime", "tokenizers", "PIL", "numpy", "jinja2", "markupsafe", "safetensors"}
     def find_spec(self, name: str, path=None, target=None) -> None:
         if name.partition(".")[0] not in self.serve | sys.stdlib_module_names:
             raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
