@@ -111,6 +111,13 @@ COMMANDS = (
         "serve",
     ),
     Command(
+        "serve",
+        "switchkd.serve.serve_command",
+        "answer over HTTP as OpenAI's chat completions do, on this machine or with a key",
+        "use",
+        "serve",
+    ),
+    Command(
         "demo",
         "switchkd.demo.demo_command",
         "open a bundle as a web app on this machine",
