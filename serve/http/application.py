@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -81,6 +82,7 @@ def build_application(
         (ApiError, on_api_error),
         (SchedulingError, on_scheduling_error),
         (HTTPException, on_http_error),
+        (ClientLeft, _on_client_left),
         (Exception, on_bug),
     ):
         app.add_exception_handler(kind, handler)
@@ -92,6 +94,11 @@ def build_application(
         )
     app.add_middleware(CountRequests, metrics=metrics)
     return app
+
+
+async def _on_client_left(request: Request, error: Exception) -> Response:
+    del request, error
+    return Response(status_code=499)  # for the log and the metrics: nobody reads it
 
 
 def _own_names_only(settings: ServerSettings) -> bool:
@@ -144,16 +151,13 @@ def _add_chat(app: FastAPI, models: Models, pictures: PictureSources, most_bytes
             stop=chat.stops,
         )
         answering = scheduler.submit(question)
-        try:
+        with ExitStack() as stack:
+            stack.callback(answering.cancel)
             first = await _unless_gone(request, anext(answering, None))
             if chat.stream:
+                stack.pop_all()  # the stream cancels by itself
                 return _AnswerStream(chat, answering, first)
             pieces = await _unless_gone(request, _collect(answering))
-        except BaseException as error:
-            answering.cancel()
-            if isinstance(error, ClientLeft):
-                return Response(status_code=499)  # nobody reads it
-            raise
         assert answering.ended is not None
         return JSONResponse(Completion(chat.model).whole("".join([first or "", *pieces]), answering.ended))
 

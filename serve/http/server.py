@@ -153,12 +153,17 @@ async def _finish(schedulers: Collection[Scheduler], stopping: _Stopping, grace:
     for scheduler in schedulers:
         scheduler.stop_accepting()
     log.info("shutting down; answers under way have %g s", grace)
-    idle = asyncio.gather(*(scheduler.idle() for scheduler in schedulers))
+    idle = asyncio.create_task(_all_idle(schedulers))
     at_once = asyncio.create_task(stopping.at_once.wait())
     ends: list[asyncio.Future[Any]] = [idle, at_once]
     await asyncio.wait(ends, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
     for end in ends:
         end.cancel()
+
+
+async def _all_idle(schedulers: Collection[Scheduler]) -> None:
+    for scheduler in schedulers:
+        await scheduler.idle()
 
 
 def _address(server_socket: socket.socket) -> str:

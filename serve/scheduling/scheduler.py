@@ -195,7 +195,8 @@ class Scheduler:
                     self.opened.set_exception(AnswerRefused(message.message))
                 log.error("%s", message.message)
             case Piece():
-                self._running[message.ident].push(message.text, asyncio.get_running_loop().time())
+                if (answering := self._running.get(message.ident)) is not None:
+                    answering.push(message.text, asyncio.get_running_loop().time())
             case Refused():
                 self._finish(message.ident, AnswerRefused(message.message))
             case Failed():
@@ -206,7 +207,9 @@ class Scheduler:
                 self._finish(message.ident, message)
 
     def _finish(self, ident: int, event: Ended | SchedulingError) -> None:
-        answering = self._running.pop(ident)
+        answering = self._running.pop(ident, None)
+        if answering is None:  # given up by `close`, while this was under way
+            return
         if isinstance(event, Ended):
             answering.ended = event
             seconds = asyncio.get_running_loop().time() - (answering.started or answering.accepted)

@@ -14,10 +14,10 @@ class StopTexts:
     def push(self, piece: str) -> str:
         """Return what of the text so far can no longer be part of a stop text."""
         text = self._held + piece
-        places = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]
-        if places:
+        found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:  # the one that is whole first, so that the pieces make no difference
             self.found, self._held = True, ""
-            return text[: min(places)]
+            return text[: min(found)[1]]
         keep = max((_begun(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
