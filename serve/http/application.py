@@ -63,6 +63,15 @@ class Models:
         return {name: scheduler.state for name, scheduler in self.schedulers.items()}
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """How an answer is to be sent."""
+
+    model: str
+    stream: bool
+    includes_usage: bool
+
+
 class ClientLeft(Exception):
     """Nobody waits for the response any longer."""
 
@@ -136,9 +145,21 @@ def _add_chat(app: FastAPI, models: Models, pictures: PictureSources, most_bytes
     @app.post("/v1/chat/completions", openapi_extra={"requestBody": body})
     async def complete(request: Request) -> Response:
         """Answer a chat, at once or as a stream."""
-        content = await read_json_body(request, most_bytes)
+        wanted, answering = await accept(request)
+        with ExitStack() as stack:
+            stack.callback(answering.cancel)
+            first = await _unless_gone(request, anext(answering, None))
+            if wanted.stream:
+                stack.pop_all()  # the stream cancels by itself
+                return _AnswerStream(wanted, answering, first)
+            pieces = await _unless_gone(request, _collect(answering))
+        assert answering.ended is not None
+        return JSONResponse(Completion(wanted.model).whole("".join([first or "", *pieces]), answering.ended))
+
+    async def accept(request: Request) -> tuple[_Wanted, Answering]:
+        """Submit what a request asks; its body and its pictures, which are large, are not kept here any longer."""
         try:
-            chat = ChatRequest.model_validate_json(content)
+            chat = ChatRequest.model_validate_json(await read_json_body(request, most_bytes))
         except ValidationError as error:
             raise from_validation(error) from None
         scheduler = models.find(chat.model)
@@ -150,16 +171,7 @@ def _add_chat(app: FastAPI, models: Models, pictures: PictureSources, most_bytes
             sampling=_sampling(chat),
             stop=chat.stops,
         )
-        answering = scheduler.submit(question)
-        with ExitStack() as stack:
-            stack.callback(answering.cancel)
-            first = await _unless_gone(request, anext(answering, None))
-            if chat.stream:
-                stack.pop_all()  # the stream cancels by itself
-                return _AnswerStream(chat, answering, first)
-            pieces = await _unless_gone(request, _collect(answering))
-        assert answering.ended is not None
-        return JSONResponse(Completion(chat.model).whole("".join([first or "", *pieces]), answering.ended))
+        return _Wanted(chat.model, bool(chat.stream), chat.includes_usage), scheduler.submit(question)
 
 
 def _sampling(chat: ChatRequest) -> Sampling:
@@ -194,9 +206,9 @@ async def _wait_until_gone(request: Request) -> None:
 class _AnswerStream(StreamingResponse):
     """An answer as server-sent events; however the response ends, nothing is written for nobody."""
 
-    def __init__(self, chat: ChatRequest, answering: Answering, first: str | None) -> None:
+    def __init__(self, wanted: _Wanted, answering: Answering, first: str | None) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_events(chat, answering, first), headers=headers, media_type="text/event-stream")
+        super().__init__(_events(wanted, answering, first), headers=headers, media_type="text/event-stream")
         self._answering = answering
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -206,8 +218,8 @@ class _AnswerStream(StreamingResponse):
             self._answering.cancel()
 
 
-async def _events(chat: ChatRequest, answering: Answering, first: str | None) -> AsyncIterator[str]:
-    completion = Completion(chat.model)
+async def _events(wanted: _Wanted, answering: Answering, first: str | None) -> AsyncIterator[str]:
+    completion = Completion(wanted.model)
     yield event(completion.chunk({"role": "assistant", "content": ""}))
     try:
         if first is not None:
@@ -216,7 +228,7 @@ async def _events(chat: ChatRequest, answering: Answering, first: str | None) ->
                 yield event(completion.chunk({"content": piece}))
         assert answering.ended is not None
         yield event(completion.chunk({}, answering.ended.finish_reason))
-        if chat.includes_usage:
+        if wanted.includes_usage:
             yield event(completion.usage_chunk(answering.ended))
     except SchedulingError as error:
         yield event(from_scheduling(error).body())

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 MOST_STOPS = 4
+MOST_CHARACTERS = 1_000_000  # of all texts: a second or two to be made into tokens, in which others wait
 
 
 class _Strict(BaseModel):
@@ -136,6 +137,9 @@ class ChatRequest(_Strict):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        characters = sum(map(_characters, self.messages))
+        if characters > MOST_CHARACTERS:
+            raise ValueError(f"the messages have {characters:,} characters, expected {MOST_CHARACTERS:,} at most")
         both = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(both) > 1:
             raise ValueError("max_tokens and max_completion_tokens are different; give one of them")
@@ -181,6 +185,12 @@ class ChatRequest(_Strict):
             }
             for message in self.messages
         ]
+
+
+def _characters(message: SystemMessage | UserMessage | AssistantMessage) -> int:
+    if isinstance(message.content, str):
+        return len(message.content)
+    return sum(len(part.text) for part in message.content if isinstance(part, TextPart))
 
 
 def _parts(content: str | Sequence[TextPart | ImagePart]) -> Sequence[TextPart | ImagePart]:

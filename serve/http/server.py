@@ -59,23 +59,46 @@ def serve(models: ServedModels, settings: ServerSettings, announce: Callable[[st
     Raises SettingsError where nothing can listen there, or a bundle turns out not to open.
     """
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.access").addFilter(_without_query)
     with listen(settings.host, settings.port) as server_socket:
         asyncio.run(_serve(models, settings, server_socket, announce))
+
+
+def _without_query(record: logging.LogRecord) -> bool:
+    """Leave out of the access log what somebody may have put a key into."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(part.partition("?")[0] if isinstance(part, str) else part for part in record.args)
+    return True
 
 
 def listen(host: str, port: int) -> socket.socket:
     """Take an address. Raises SettingsError with the way out where it cannot be had."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+        family, kind, protocol, _, address = found[0]
+        # With its protocol named, asyncio sends what is small at once: otherwise each piece may wait for 40 ms.
+        server_socket = socket.socket(family, kind, protocol)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            reason = f"port {port} is in use; stop the program that listens there, or choose another with --port"
-        elif error.errno == errno.EACCES:
-            reason = f"port {port} needs more rights; choose one from 1024 to 65535 with --port"
-        else:
-            reason = f"cannot listen at {host}:{port} ({error.strerror}); choose another with --host or --port"
-        raise SettingsError(reason) from None
+        raise _cannot_listen(host, port, error) from None
+    try:
+        if os.name == "posix":  # elsewhere it would let two servers have one port
+            server_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server_socket.bind(address)
+        server_socket.listen(2048)
+    except OSError as error:
+        server_socket.close()
+        raise _cannot_listen(host, port, error) from None
+    return server_socket
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> SettingsError:
+    if error.errno == errno.EADDRINUSE:
+        reason = f"port {port} is in use; stop the program that listens there, or choose another with --port"
+    elif error.errno == errno.EACCES:
+        reason = f"port {port} needs more rights; choose one from 1024 to 65535 with --port"
+    else:
+        reason = f"cannot listen at {host}:{port} ({error.strerror}); choose another with --host or --port"
+    return SettingsError(reason)
 
 
 class _Server(uvicorn.Server):

@@ -249,6 +249,13 @@ class Scheduler:
             self._report(answering)
         elif answering.ident in self._running and self._process is not None:
             self._process.send(Cancel(answering.ident))
+            asyncio.get_running_loop().call_later(self.limits.deadline, self._check_withdrawn, answering)
+
+    def _check_withdrawn(self, answering: Answering) -> None:
+        """End an engine that takes longer over one step than a whole answer may: it would keep its places for ever."""
+        if answering.ident in self._running and self._process is not None:
+            log.error("the engine of %s does not move; it is started again", self.opening.bundle)
+            self._process.kill()
 
     def _lose_all(self, error: SchedulingError) -> None:
         lost = [*self._running.values(), *self._waiting]

@@ -20,7 +20,7 @@ QUESTION = "What colour is the square on the left?"
 FORMATS = ["png", "jpg", "webp", "gif", "tiff", "bmp", "ppm", "tga", "ico", "avif", "jp2"]
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"]
 
-# Runs the real command where nothing can be imported but Python's own modules and the five packages that answering needs.
+# Runs the real command where nothing can be imported but Python's own modules and the five packages that answer.
 ALONE = """
 import sys
 from importlib.machinery import PathFinder

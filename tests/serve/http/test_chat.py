@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -222,3 +223,15 @@ def test_what_changes_no_answer_may_be_sent(server: Server) -> None:
         model="bundle", messages=chat("Hi"), max_tokens=2, metadata={"a": "b"}, extra_body=nothing
     )
     assert answer.choices[0].message.role == "assistant"
+
+
+def test_the_metrics_are_those_of_the_page(server: Server) -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+    server.client().chat.completions.create(model="bundle", messages=chat("Hi"), max_tokens=2)
+    with server.http() as http:
+        text = http.get("/metrics").text
+    assert {f"switchkd_{name}" for name in re.findall(r"`switchkd_(\w+)`", page)} == {
+        name for name in re.findall(r"^# TYPE (\w+) ", text, re.MULTILINE) if not name.endswith("_created")
+    }
+    for stage in ("queue", "encode", "prefill", "decode"):
+        assert f'switchkd_stage_seconds_bucket{{le="+Inf",model="bundle:fp32",stage="{stage}"}}' in text

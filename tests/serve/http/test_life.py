@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +20,8 @@ import httpx
 import openai
 import psutil
 import pytest
+
+from switchkd.serve.http.server import listen
 
 if TYPE_CHECKING:
     from tests.serve.http.conftest import Server
@@ -215,3 +220,34 @@ def test_answers_that_take_too_long_for_the_grace_end_with_an_error(
         assert whole.result().status_code == 503
         assert server.process.wait(30) == 0
         assert "Traceback" not in server.log.read_text()
+
+
+def test_engines_end_with_a_server_that_was_killed(
+    start: Callable[..., AbstractContextManager[Server]], long_bundle: Path
+) -> None:
+    with start(long_bundle) as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        reading = Reading(server)
+        reading.began.wait()
+        server.process.kill()
+        _, alive = psutil.wait_procs(children, timeout=20)
+        assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_ctrl_c_while_engines_start_is_an_orderly_end(long_bundle: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "switchkd.cli.main", "serve", str(long_bundle), "--port", "0"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+    while not any("spawn_main" in " ".join(child.cmdline()) for child in psutil.Process(process.pid).children()):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) == 0
+    said = (tmp_path / "log").read_text()
+    assert "Traceback" not in said
+    assert "ready" not in said
+
+
+def test_small_pieces_are_sent_at_once() -> None:
+    """asyncio switches Nagle's algorithm off where a socket names its protocol."""
+    with listen("127.0.0.1", 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP

@@ -107,6 +107,11 @@ def test_a_parameter_that_is_not_followed_is_named(server: Server, parameter: st
         ({"top_k": -1}, "top_k", "expected 0"),
         ({"seed": -1}, "seed", "expected 0 or more"),
         ({"user": 3}, "user", "string"),
+        (
+            {"messages": [{"role": "user", "content": "x" * 1_000_001}]},
+            None,
+            "1,000,001 characters, expected 1,000,000",
+        ),
     ],
 )
 def test_a_wrong_value_is_named(server: Server, changes: dict[str, Any], param: str | None, message: str) -> None:
@@ -257,7 +262,10 @@ def test_nothing_that_was_asked_is_logged(server: Server, closed_server: Server)
         for wrong in ([{"role": "user", "content": secret + "<image>"}], picture(f"data:{secret};base64,####")):
             refused(each, messages=wrong)
         refused(each, messages=[{"role": secret, "content": secret, secret: secret}])
+        with each.http() as http:
+            assert http.get(f"/v1/models?key={secret}").status_code == 200
         log = each.log.read_text()
-        assert "POST /v1/chat/completions" in log
+        assert '"POST /v1/chat/completions HTTP/1.1" 200' in log
+        assert '"GET /v1/models HTTP/1.1" 200' in log
         assert secret not in log
         assert each.key not in log or each.key == "none"

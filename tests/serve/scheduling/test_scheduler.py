@@ -135,6 +135,20 @@ def test_a_dead_engine_is_started_again_however_often(long_bundle: Path) -> None
     asyncio.run(work())
 
 
+def test_an_engine_that_does_not_move_is_started_again(long_bundle: Path) -> None:
+    async def work() -> None:
+        async with scheduling(long_bundle, parallel=1, deadline=0.5) as (scheduler, _):
+            assert scheduler.engine_pid is not None
+            os.kill(scheduler.engine_pid, signal.SIGSTOP)
+            with pytest.raises(DeadlinePassed):
+                await text(scheduler.submit(HI))
+            while scheduler.restarts == 0 or scheduler.state != "ready":
+                await asyncio.sleep(0.02)
+            assert await text(scheduler.submit(HI))
+
+    asyncio.run(work())
+
+
 def test_a_bundle_that_cannot_be_opened_is_said_in_its_words(tmp_path: Path) -> None:
     async def work() -> None:
         scheduler = Scheduler(EngineOpening(tmp_path / "none", "fp32"), Limits(), lambda _: None)
