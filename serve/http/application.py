@@ -83,7 +83,7 @@ def build_application(
     app = FastAPI(title="switchkd", docs_url=None, redoc_url=None)  # their pages would load scripts from elsewhere
     models = Models(schedulers, aliases, int(time.time()))
     remote = RemotePictures(settings.body_bytes) if settings.allow_remote_pictures else None
-    pictures = PictureSources(settings.max_pictures, settings.max_pixels, remote)
+    pictures = PictureSources(settings.max_pictures, settings.max_pixels, settings.body_bytes, remote)
     metrics.watch(schedulers)
     _add_chat(app, models, pictures, settings.body_bytes)
     _add_watching(app, models, metrics)

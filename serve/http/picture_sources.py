@@ -17,8 +17,11 @@ FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "
 class PictureSources:
     """Turns picture URLs into the bytes of picture files, none of them beyond the limits."""
 
-    def __init__(self, most_pictures: int, most_megapixels: float, remote: RemotePictures | None) -> None:
+    def __init__(
+        self, most_pictures: int, most_megapixels: float, most_bytes: int, remote: RemotePictures | None
+    ) -> None:
         self._most_pictures = most_pictures
+        self._most_bytes = most_bytes
         self._most_megapixels = most_megapixels
         self._remote = remote
 
@@ -36,6 +39,9 @@ class PictureSources:
             except (PictureError, RemotePictureError) as error:
                 raise ApiError(400, f"{parameter}: {error}", param=parameter, code="invalid_picture") from None
             pictures.append(content)
+            if sum(map(len, pictures)) > self._most_bytes:  # only those from elsewhere can be
+                message = f"{parameter}: the pictures are larger than {self._most_bytes:,} bytes together; send fewer"
+                raise ApiError(400, message, param=parameter, code="too_many_pictures")
         return pictures
 
     async def _content(self, url: str) -> bytes:

@@ -56,7 +56,7 @@ class ServerSettings:
     allow_without_key: bool = _flag(_switch, False, "", "listen at any address without a key")
     cors: tuple[str, ...] = _flag(_list, (), "ORIGIN,ORIGIN", "web origins whose pages may ask (default: none)")
     allow_remote_pictures: bool = _flag(_switch, False, "", "fetch pictures from public http and https addresses")
-    max_body: int = _flag(int, 20, "MIB", "largest request, and largest remote picture")
+    max_body: int = _flag(int, 20, "MIB", "largest request, and the most that its remote pictures may take")
     max_pixels: float = _flag(float, 25.0, "MEGAPIXELS", "largest picture")
     max_pictures: int = _flag(int, 16, "N", "pictures in one request")
     log_level: str = _flag(str, "info", "LEVEL", f"one of {', '.join(LOG_LEVELS)}")
@@ -74,8 +74,11 @@ class ServerSettings:
         _check_range("max-pictures", self.max_pictures, 0, 10_000)
         if self.log_level not in LOG_LEVELS:
             raise SettingsError(f"--log-level is {self.log_level!r}, expected one of {', '.join(LOG_LEVELS)}")
-        if self.api_key is not None and (not self.api_key.strip() or not self.api_key.isascii()):
-            raise SettingsError("--api-key is empty or not ASCII, so that no caller could send it; give another")
+        key = self.api_key
+        if key is not None and not (key.isascii() and key.isprintable() and key and " " not in key):
+            raise SettingsError(
+                "--api-key is empty, or holds spaces, line ends or more than ASCII; no header carries it, give another"
+            )
         for origin in self.cors:
             if origin != "*" and not origin.startswith(("http://", "https://")):
                 raise SettingsError(f"--cors is {origin!r}, expected an origin such as https://example.org")

@@ -161,7 +161,13 @@ class Scheduler:
         """Keep an engine running until `close`; `opened` is set when the first has read its bundle, or cannot."""
         pause = FIRST_PAUSE / 2
         while not self._is_closing():
-            process = self._process = await EngineProcess.start(self.opening)
+            try:
+                process = self._process = await EngineProcess.start(self.opening)
+            except OSError as error:  # no memory for a further process, or too many of them
+                log.error("the engine of %s cannot be started (%s)", self.opening.bundle, error.strerror)
+                pause = min(2 * pause, LONGEST_PAUSE)
+                await asyncio.sleep(pause)
+                continue
             if self._is_closing():  # while it was started
                 break
             served = 0

@@ -117,6 +117,7 @@ def test_every_flag_is_a_variable_and_wins_over_it(
         (["--max-pixels", "100"], "--max-pixels is 100, expected"),
         (["--log-level", "loud"], "--log-level is 'loud', expected one of critical"),
         (["--api-key", ""], "--api-key is empty"),
+        (["--api-key", "key-of-a-file\n"], "or holds spaces, line ends"),
         (["--cors", "page.example"], "--cors is 'page.example', expected an origin"),
         (["--host", "no-such-host.invalid"], "--host is no-such-host.invalid, which is unknown"),
         (["--host", "0.0.0.0"], "set SWITCHKD_SERVE_API_KEY"),

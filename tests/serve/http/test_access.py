@@ -39,7 +39,7 @@ def test_every_route_but_two_needs_the_key(closed_server: Server) -> None:
     with httpx.Client() as http:
         for method, path in [*found, ("GET", "/no-such-route"), ("GET", "/health/"), ("PUT", "//")]:
             for headers in wrong_keys(closed_server.key):
-                response = httpx.request(method, closed_server.url + path, headers=headers)
+                response = http.request(method, closed_server.url + path, headers=headers)
                 if path in OPEN:
                     assert response.status_code == 200
                 else:

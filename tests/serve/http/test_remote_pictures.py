@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image
 
+from switchkd.serve.http.api_errors import ApiError
+from switchkd.serve.http.picture_sources import PictureSources
 from switchkd.serve.http.public_addresses import is_public
 from switchkd.serve.http.remote_pictures import RemotePictureError, RemotePictures
 
@@ -283,3 +285,19 @@ def test_what_came_from_outside_is_a_picture_or_refused(closed_server: Server) -
     assert error["message"] == (
         "messages[0].content[0].image_url.url: the picture has a host that is unknown; send it as a data: URI"
     )
+
+
+def test_pictures_from_elsewhere_have_one_limit_together() -> None:
+    content = io.BytesIO()
+    Image.effect_noise((60, 60), 50).save(content, "PNG")
+    size = len(content.getvalue())
+
+    async def read(port: int, pictures: int) -> int:
+        remote = RemotePictures(10_000, is_allowed=lambda address: address == "127.0.0.2")
+        sources = PictureSources(16, 25.0, 2 * size, remote)
+        return len(await sources.read([("where", f"http://127.0.0.2:{port}/")] * pictures))
+
+    with listener("127.0.0.2", always(response("200 OK", content.getvalue()))) as (port, _):
+        assert asyncio.run(read(port, 2)) == 2
+        with pytest.raises(ApiError, match="larger than"):
+            asyncio.run(read(port, 3))
