@@ -111,6 +111,13 @@ COMMANDS = (
         "serve",
     ),
     Command(
+        "serve",
+        "switchkd.serve.serve_command",
+        "answer over HTTP as OpenAI's chat completions do, on this machine or with a key",
+        "use",
+        "serve",
+    ),
+    Command(
         "bench",
         "switchkd.serve.bench_command",
         "measure what a bundle's answers take on this machine, stage by stage",

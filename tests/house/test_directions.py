@@ -27,7 +27,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "folders",
         "process",
     ),
-    "serve": ("bench", "engine"),
+    "serve": ("bench", "http", "scheduling", "engine"),
     "training": (
         "ablation",
         "estimate",
@@ -193,6 +193,7 @@ def test_every_room_inside_a_room_has_its_floor() -> None:
         ("export/graphs/tracing.py", "from ..verification import GraphRunner", "the floors below it"),
         ("export/folders/digests.py", "from ..contract.bundle import Bundle", "the floors below it"),
         ("serve/engine/engine.py", "from ..ask_command import run", "the floors below it"),
+        ("serve/scheduling/scheduler.py", "from ..http.metrics import Metrics", "the floors below it"),
         ("cli/main.py", "def late():\n    from switchkd.serve import Engine", "only when its command is called"),
     ],
 )

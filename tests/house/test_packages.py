@@ -23,6 +23,7 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "huggingface_hub": "huggingface-hub",
     "onnx_ir": "onnx-ir",
+    "prometheus_client": "prometheus-client",
 }
 HEAVY = ("torch", "transformers", "numpy", "onnxruntime", "PIL", "jinja2")
 # Each room may use its own extra; the front door runs whichever room is there.

@@ -1,0 +1,46 @@
+"""A chat completion's answer, whole or as server-sent events, in the shape of OpenAI's."""
+
+import json
+import time
+import uuid
+from typing import Any
+
+from ..scheduling import Ended
+
+DONE = "data: [DONE]\n\n"
+
+
+class Completion:
+    """One answer's envelope: the same id, time and model in everything that is sent of it."""
+
+    def __init__(self, model: str) -> None:
+        self._facts = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def whole(self, text: str, ended: Ended) -> dict[str, Any]:
+        """The answer in one piece."""
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": ended.finish_reason}
+        return {**self._facts, "object": "chat.completion", "choices": [choice], "usage": usage(ended)}
+
+    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+        """A piece of a stream."""
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return {**self._facts, "object": "chat.completion.chunk", "choices": [choice]}
+
+    def usage_chunk(self, ended: Ended) -> dict[str, Any]:
+        """The piece of a stream that says how many tokens it took."""
+        return {**self._facts, "object": "chat.completion.chunk", "choices": [], "usage": usage(ended)}
+
+
+def usage(ended: Ended) -> dict[str, int]:
+    """The number of tokens of a prompt and its answer."""
+    return {
+        "prompt_tokens": ended.prompt_tokens,
+        "completion_tokens": ended.completion_tokens,
+        "total_tokens": ended.prompt_tokens + ended.completion_tokens,
+    }
+
+
+def event(content: dict[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"

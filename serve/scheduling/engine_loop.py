@@ -1,0 +1,185 @@
+"""The engine's process: answers under way take turns, one step each, and what is asked comes in between."""
+
+import logging
+import signal
+import threading
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from queue import Empty, SimpleQueue
+
+from switchkd.export.contract.bundle import BundleError
+from switchkd.export.contract.pixels import PictureError
+from switchkd.export.contract.prompt import PromptError
+
+from ..engine.conversation import ConversationError
+from ..engine.engine import AnswerStream, Engine
+from ..engine.sampling import SamplingError
+from .messages import (
+    Ask,
+    Cancel,
+    Ended,
+    EngineOpening,
+    Failed,
+    FromEngine,
+    NotOpened,
+    Opened,
+    Piece,
+    Question,
+    Refused,
+    ToEngine,
+)
+from .stop_texts import StopTexts
+
+log = logging.getLogger(__name__)
+REFUSALS = (BundleError, ConversationError, PictureError, PromptError, SamplingError)
+
+
+def run_engine(connection: "Connection[FromEngine, ToEngine]", opening: EngineOpening) -> None:
+    """Open the bundle and answer until the other end of the pipe closes: the whole life of the process."""
+    # Whoever stops the server signals its whole group; what was accepted is answered first, then the pipe closes.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(level=opening.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    try:
+        engine = Engine.open(opening.bundle, opening.precision, opening.threads)
+    except REFUSALS as error:
+        connection.send(NotOpened(str(error)))
+        return
+    try:
+        connection.send(Opened())
+        EngineLoop(engine, connection).run()
+    except BrokenPipeError:
+        log.info("the server has gone")
+
+
+@dataclass
+class _Turn:
+    """An answer that takes its turns."""
+
+    ident: int
+    stream: AnswerStream
+    stops: StopTexts
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A question that was read, its pictures decoded, or what was wrong with it."""
+
+    ident: int
+    stream: Future[AnswerStream]
+
+
+class EngineLoop:
+    """Round robin over the answers under way; only the thread of `run` touches them, or writes to the pipe."""
+
+    def __init__(self, engine: Engine, connection: "Connection[FromEngine, ToEngine]") -> None:
+        self._engine = engine
+        self._connection = connection
+        self._inbox: SimpleQueue[ToEngine | _Prepared | None] = SimpleQueue()
+        self._turns: deque[_Turn] = deque()
+        self._questions: dict[int, Question] = {}  # being prepared
+        # Decoding a large picture takes as long as dozens of steps, and lets go of the interpreter meanwhile.
+        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+
+    def run(self) -> None:
+        """Answer until the pipe closes."""
+        threading.Thread(target=self._listen, daemon=True).start()
+        try:
+            while self._take_messages():
+                if self._turns:
+                    turn = self._turns.popleft()
+                    if self._step(turn):
+                        self._turns.append(turn)
+        finally:
+            self._preparing.shutdown(wait=False, cancel_futures=True)
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                self._inbox.put(self._connection.recv())
+            except (EOFError, OSError):
+                self._inbox.put(None)
+                return
+
+    def _take_messages(self) -> bool:
+        """Heed what has come, waiting for it where there is nothing else to do; False once the pipe is closed."""
+        for message in self._arrived():
+            match message:
+                case Ask():
+                    self._questions[message.ident] = message.question
+                    future = self._preparing.submit(self._prepare, message.question)
+                    future.add_done_callback(partial(self._is_prepared, message.ident))
+                case Cancel():
+                    self._cancel(message.ident)
+                case _Prepared():
+                    self._begin(message)
+                case None:
+                    return False
+        return True
+
+    def _arrived(self) -> Iterator[ToEngine | _Prepared | None]:
+        if not self._turns:
+            yield self._inbox.get()
+        while True:
+            try:
+                yield self._inbox.get_nowait()
+            except Empty:
+                return
+
+    def _prepare(self, question: Question) -> AnswerStream:
+        return self._engine.stream(
+            question.messages,
+            question.pictures,
+            max_new_tokens=question.max_new_tokens,
+            sampling=question.sampling,
+        )
+
+    def _is_prepared(self, ident: int, stream: Future[AnswerStream]) -> None:
+        self._inbox.put(_Prepared(ident, stream))
+
+    def _begin(self, prepared: _Prepared) -> None:
+        question = self._questions.pop(prepared.ident, None)
+        if question is None:  # cancelled meanwhile
+            return
+        error = prepared.stream.exception()
+        if error is None:
+            self._turns.append(_Turn(prepared.ident, prepared.stream.result(), StopTexts(question.stop)))
+        elif isinstance(error, REFUSALS):
+            self._connection.send(Refused(prepared.ident, str(error)))
+        else:
+            # Its message may hold what was asked, which is not for a log.
+            places = "".join(traceback.format_tb(error.__traceback__))
+            log.error("a question could not be prepared: %s\n%s", type(error).__name__, places)
+            self._connection.send(Failed(prepared.ident))
+
+    def _cancel(self, ident: int) -> None:
+        if self._questions.pop(ident, None) is not None:
+            self._connection.send(Ended(ident, None))
+        for turn in [turn for turn in self._turns if turn.ident == ident]:
+            self._turns.remove(turn)
+            self._end(turn, None)
+
+    def _step(self, turn: _Turn) -> bool:
+        """Take one step of an answer; False where it was the last."""
+        try:
+            piece = next(turn.stream)
+        except StopIteration:
+            if held := turn.stops.finish():
+                self._connection.send(Piece(turn.ident, held))
+            self._end(turn, turn.stream.answer.finish_reason)
+            return False
+        if text := turn.stops.push(piece):
+            self._connection.send(Piece(turn.ident, text))
+        if turn.stops.found:
+            self._end(turn, "stop")
+        return not turn.stops.found
+
+    def _end(self, turn: _Turn, finish_reason: str | None) -> None:
+        answer = turn.stream.answer
+        tokens = len(answer.tokens)
+        self._connection.send(Ended(turn.ident, finish_reason, answer.prompt_tokens, tokens, answer.seconds))
