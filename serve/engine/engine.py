@@ -3,11 +3,11 @@
 Shapes in names: T prompt tokens, N visual tokens, D hidden width, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 from tokenizers import Tokenizer
 
@@ -28,6 +28,7 @@ from .text_stream import TextStream
 from .token_rules import TokenRules
 
 MAX_NEW_TOKENS = 256
+T = TypeVar("T")
 MOST_LOGPROBS = 20  # likeliest tokens that are told for each written one
 MOST_THREADS = 1024  # of a graph; onnxruntime would start as many as it is told
 
@@ -93,6 +94,15 @@ class AnswerStream(Iterator[str]):
         self._pieces = self._write()
 
     def __next__(self) -> str:
+        while not (piece := self.step()):
+            pass
+        return piece
+
+    def step(self) -> str:
+        """Do the next bit of work, of a picture, of some positions of the prompt or of a token, and return its text.
+
+        That is "" for most of them. Raises StopIteration behind the last. So answers can take turns.
+        """
         return next(self._pieces)
 
     @property
@@ -107,18 +117,15 @@ class AnswerStream(Iterator[str]):
             logprobs=None if self._request.logprobs is None else tuple(self._logprobs[: len(self._tokens)]),
         )
 
-    def _write(self) -> Iterator[str]:
+    def _write(self) -> Generator[str, None, None]:
         reader, decoder = self._engine.reader, self._engine.decoder
-        start = perf_counter()
         prompt, room = self._request.prompt, len(self._request.prompt) + self._request.max_tokens
-        reading = reader.look(prompt, self._request.pictures, room)
-        start = self._spend("encode", start)
-        token = self._choose(reader.read(reading))
-        self._spend("prefill", start)
+        reading = yield from self._timed("encode", reader.look(prompt, self._request.pictures, room))
+        logits_V = yield from self._timed("prefill", reader.read(reading))
+        token = self._choose(logits_V)
         while token not in self._engine.bundle.model.eos_token_ids:
             self._tokens.append(token)
-            if piece := self._text.push(token):
-                yield piece
+            yield self._text.push(token)
             if len(self._tokens) == self._request.max_tokens:
                 self._finish_reason = "length"
                 break
@@ -127,8 +134,19 @@ class AnswerStream(Iterator[str]):
             self._spend("decode", start)
         else:
             self._finish_reason = "stop"
-        if piece := self._text.finish():
-            yield piece
+        yield self._text.finish()
+
+    def _timed(self, part: str, work: Generator[None, None, T]) -> Generator[str, None, T]:
+        """Do one part's work bit by bit; what others do in between does not count."""
+        while True:
+            start = perf_counter()
+            try:
+                next(work)
+            except StopIteration as done:
+                self._spend(part, start)
+                return done.value  # type: ignore[no-any-return]
+            self._spend(part, start)
+            yield ""
 
     def _choose(self, logits_V: Floats) -> int:
         token = self._sampler.choose(self._rules.apply(logits_V, self._tokens))
@@ -136,10 +154,8 @@ class AnswerStream(Iterator[str]):
             self._logprobs.append(token_logprob(logits_V, token, self._request.logprobs))
         return token
 
-    def _spend(self, part: str, start: float) -> float:
-        now = perf_counter()
-        self._seconds[part] += now - start
-        return now
+    def _spend(self, part: str, start: float) -> None:
+        self._seconds[part] += perf_counter() - start
 
 
 class Engine:
@@ -216,9 +232,6 @@ class Engine:
         if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
             raise SamplingError(f"logprobs is {logprobs}, expected 0 (of the written tokens alone) to {MOST_LOGPROBS}")
         messages = to_messages(question, len(pictures))
-        start = perf_counter()
-        opened = [self.encoder.open(picture) for picture in pictures]
-        opening = perf_counter() - start
         prompt = self.prompt.encode(messages, len(pictures))
         room = self.bundle.model.max_positions - len(prompt)
         if room < 1:
@@ -227,6 +240,9 @@ class Engine:
                 f"{self.bundle.model.tokens_per_picture} each among them), the model reads at most "
                 f"{self.bundle.model.max_positions - 1} and an answer; ask with less text or fewer pictures"
             )
+        start = perf_counter()
+        opened = [self.encoder.open(picture) for picture in pictures]
+        opening = perf_counter() - start
         max_tokens = min(max_new_tokens, room)
         return AnswerStream(self, _Request(prompt, opened, opening, max_tokens, sampling or Sampling(), logprobs))
 

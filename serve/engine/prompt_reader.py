@@ -3,7 +3,7 @@
 Shapes in names: T prompt tokens, N visual tokens of a picture, D hidden width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,8 +36,8 @@ class PromptReader:
     def __init__(self, model: ModelFacts, encoder: PictureEncoder, decoder: Decoder, kept: PrefixCache) -> None:
         self._model, self._encoder, self._decoder, self._prefixes = model, encoder, decoder, kept
 
-    def look(self, prompt: Sequence[int], pictures: Sequence[OpenPicture], room: int) -> Reading:
-        """Encode the pictures of a prompt, but for those in a beginning that is remembered.
+    def look(self, prompt: Sequence[int], pictures: Sequence[OpenPicture], room: int) -> Generator[None, None, Reading]:
+        """Encode the pictures of a prompt, one a step, but for those in a beginning that is remembered.
 
         `room` positions are what prompt and answer take at most.
         """
@@ -47,10 +47,14 @@ class PromptReader:
         cache = self._decoder.new_cache(room, self._prefixes.longest(pieces))
         to_read = [piece for piece in pieces if piece.end > cache.length]
         known = len(pieces) - len(to_read)
-        return Reading(prompt, to_read, [self._encoder.encode(picture) for picture in pictures[known:]], cache)
+        features = []
+        for picture in pictures[known:]:
+            features.append(self._encoder.encode(picture))
+            yield
+        return Reading(prompt, to_read, features, cache)
 
-    def read(self, reading: Reading) -> Floats:
-        """Read what is left of the prompt, and return logits_V of the token after it."""
+    def read(self, reading: Reading) -> Generator[None, None, Floats]:
+        """Read what is left of the prompt, AT_ONCE positions a step, and return logits_V of the token after it."""
         cache = reading.cache
         embeddings_TD = self._decoder.embed(reading.prompt[cache.length :])
         if reading.features:
@@ -58,13 +62,15 @@ class PromptReader:
             embeddings_TD[places_T] = np.concatenate(reading.features)
         start = cache.length
         for piece in reading.to_read:
-            self._read_on(embeddings_TD[cache.length - start : piece.end - start], cache)
+            yield from self._read_on(embeddings_TD[cache.length - start : piece.end - start], cache)
             self._prefixes.keep(piece, cache)
-        return self._read_on(embeddings_TD[cache.length - start :], cache)
+            yield
+        return (yield from self._read_on(embeddings_TD[cache.length - start :], cache))
 
-    def _read_on(self, embeddings_TD: Floats, cache: KVCache) -> Floats:
+    def _read_on(self, embeddings_TD: Floats, cache: KVCache) -> Generator[None, None, Floats]:
         # In parts of about one length: a single position left over would be read as a written token is.
         *before, last = np.array_split(embeddings_TD, -(-len(embeddings_TD) // AT_ONCE))
         for part_TD in before:
             self._decoder.read(part_TD, cache)
+            yield
         return self._decoder.read(last, cache)

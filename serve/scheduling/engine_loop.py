@@ -167,7 +167,7 @@ class EngineLoop:
     def _step(self, turn: _Turn) -> bool:
         """Take one step of an answer; False where it was the last."""
         try:
-            piece = next(turn.stream)
+            piece = turn.stream.step()
         except StopIteration:
             if held := turn.stops.finish():
                 self._connection.send(Piece(turn.ident, held))
