@@ -48,7 +48,14 @@ def served_models(folders: Sequence[str], settings: ServerSettings) -> ServedMod
         by_name[name] = path
         for precision in settings.precision or (None,):
             found = Bundle.open(path, precision).precision
-            openings[f"{name}:{found}"] = EngineOpening(path, found, settings.threads, settings.log_level)
+            openings[f"{name}:{found}"] = EngineOpening(
+                path,
+                found,
+                settings.threads,
+                settings.log_level,
+                settings.prefix_memory,
+                None if settings.prefix_folder is None else Path(settings.prefix_folder),
+            )
             aliases.setdefault(name, f"{name}:{found}")
     return ServedModels(openings, aliases)
 

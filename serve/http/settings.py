@@ -48,6 +48,8 @@ class ServerSettings:
     port: int = _flag(int, 8000, "PORT", "port to listen at; 0 takes a free one")
     precision: tuple[str, ...] = _flag(_list, (), "P,P", "precisions to serve of each bundle (default: its first)")
     threads: int | None = _flag(int, None, "N", "threads that an engine computes with (default: one a core)")
+    prefix_memory: int = _flag(int, 128, "MIB", "memory for what an engine made of pictures; 0 keeps nothing")
+    prefix_folder: str | None = _flag(str, None, "FOLDER", "keep it in files too, for when the server starts again")
     parallel: int = _flag(int, 4, "N", "answers that an engine writes at a time, in turns")
     queue: int = _flag(int, 128, "N", "questions that may wait for an engine; further ones get 429")
     deadline: float = _flag(float, 300.0, "SECONDS", "time from a question to its answer's end")
@@ -65,6 +67,7 @@ class ServerSettings:
         _check_range("port", self.port, 0, 65535)
         if self.threads is not None:
             _check_range("threads", self.threads, 1, 1024)
+        _check_range("prefix-memory", self.prefix_memory, 0, 1_000_000)
         _check_range("parallel", self.parallel, 1, 1024)
         _check_range("queue", self.queue, 0, 1_000_000)
         _check_range("deadline", self.deadline, 0.001, 86_400)

@@ -15,9 +15,11 @@ from queue import Empty, SimpleQueue
 from switchkd.export.contract.bundle import BundleError
 from switchkd.export.contract.pixels import PictureError
 from switchkd.export.contract.prompt import PromptError
+from switchkd.export.process.memory import return_freed_blocks
 
 from ..engine.conversation import ConversationError
 from ..engine.engine import AnswerStream, Engine
+from ..engine.prefix_folder import PrefixFolderError
 from ..engine.sampling import SamplingError
 from .messages import (
     Ask,
@@ -36,7 +38,7 @@ from .messages import (
 from .stop_texts import StopTexts
 
 log = logging.getLogger(__name__)
-REFUSALS = (BundleError, ConversationError, PictureError, PromptError, SamplingError)
+REFUSALS = (BundleError, ConversationError, PictureError, PrefixFolderError, PromptError, SamplingError)
 
 
 def run_engine(connection: "Connection[FromEngine, ToEngine]", opening: EngineOpening) -> None:
@@ -45,8 +47,15 @@ def run_engine(connection: "Connection[FromEngine, ToEngine]", opening: EngineOp
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=opening.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    return_freed_blocks()
     try:
-        engine = Engine.open(opening.bundle, opening.precision, opening.threads)
+        engine = Engine.open(
+            opening.bundle,
+            opening.precision,
+            opening.threads,
+            prefix_memory=opening.prefix_memory,
+            prefix_folder=opening.prefix_folder,
+        )
     except REFUSALS as error:
         connection.send(NotOpened(str(error)))
         return
@@ -168,6 +177,10 @@ class EngineLoop:
         """Take one step of an answer; False where it was the last."""
         try:
             piece = turn.stream.step()
+        except PrefixFolderError as error:  # a disk that is full, say; the next answer may find room
+            log.error("%s", error)
+            self._connection.send(Failed(turn.ident))
+            return False
         except StopIteration:
             if held := turn.stops.finish():
                 self._connection.send(Piece(turn.ident, held))

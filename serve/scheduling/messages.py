@@ -12,12 +12,14 @@ from ..engine.sampling import Sampling
 
 @dataclass(frozen=True)
 class EngineOpening:
-    """What an engine's process opens, with how many threads, and how much it logs."""
+    """What an engine's process opens, with how many threads, what it keeps of pictures, and how much it logs."""
 
     bundle: Path
     precision: str
     threads: int | None = None
     log_level: str = "warning"
+    prefix_memory: int = 128
+    prefix_folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Failed:
-    """The question could not be prepared, and it was not its own fault."""
+    """The question could not be prepared or answered, and it was not its own fault."""
 
     ident: int
 

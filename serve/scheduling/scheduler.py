@@ -207,7 +207,7 @@ class Scheduler:
                 self._finish(message.ident, AnswerRefused(message.message))
             case Failed():
                 self._finish(
-                    message.ident, AnswerFailed("the question could not be prepared; the server's log says why")
+                    message.ident, AnswerFailed("the question could not be answered; the server's log says why")
                 )
             case Ended():
                 self._finish(message.ident, message)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from switchkd.serve import Engine
 from switchkd.serve.scheduling import (
+    AnswerFailed,
     Answering,
     AnswerRefused,
     DeadlinePassed,
@@ -145,6 +146,33 @@ def test_an_engine_that_does_not_move_is_started_again(long_bundle: Path) -> Non
             while scheduler.restarts == 0 or scheduler.state != "ready":
                 await asyncio.sleep(0.02)
             assert await text(scheduler.submit(HI))
+
+    asyncio.run(work())
+
+
+def test_a_damaged_file_of_a_prefix_fails_its_answer_alone(long_bundle: Path, tmp_path: Path) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (30, 20), "red").save(picture, "PNG")
+    content = [{"type": "image"}, {"type": "text", "text": "Hi"}]
+    seen = Question([{"role": "user", "content": content}], [picture.getvalue()], max_new_tokens=5)
+
+    async def work() -> None:
+        opening = EngineOpening(long_bundle, "fp32", 1, prefix_memory=0, prefix_folder=tmp_path)
+        scheduler = Scheduler(opening, Limits(), lambda _: None)
+        life = asyncio.create_task(scheduler.run())
+        await scheduler.opened
+        said = await text(scheduler.submit(seen))
+        assert await text(scheduler.submit(seen)) == said
+        (file,) = tmp_path.iterdir()
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-5])
+        with pytest.raises(AnswerFailed, match="the server's log says why"):
+            await text(scheduler.submit(seen))
+        file.write_bytes(whole)
+        assert await text(scheduler.submit(seen)) == said
+        assert scheduler.restarts == 0
+        scheduler.close()
+        await life
 
     asyncio.run(work())
 
