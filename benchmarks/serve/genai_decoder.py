@@ -4,7 +4,7 @@ It takes no picture: as many tokens as the bundle's prompt has stand for it, so 
 compared. In an environment with onnxruntime-genai (and torch, transformers, onnx for the builder):
 
     python -m benchmarks.serve.genai_decoder --build CHECKPOINT OUT
-    switchkd bench BUNDLE --against "genai int4=PYTHON -m benchmarks.serve.genai_decoder OUT --prompt-tokens 774"
+    switchkd bench BUNDLE --against "genai int4=PYTHON -m benchmarks.serve.genai_decoder OUT --prompt-tokens 837"
 """
 
 import argparse
@@ -58,7 +58,7 @@ def serve(model: Path, prompt_tokens: int) -> None:
     start = time.perf_counter()
     loaded = genai.Model(str(model))
     ids = np.random.default_rng(0).integers(5, 400, prompt_tokens, dtype=np.int32)
-    about = {"onnxruntime-genai": genai.__version__, "prompt": f"{prompt_tokens} tokens, no picture"}
+    about = {"onnxruntime-genai": genai.__version__, "takes": "no picture"}
     for request, answered in protocol.requests(time.perf_counter() - start, about):
         parameters = genai.GeneratorParams(loaded)
         parameters.set_search_options(max_length=prompt_tokens + request["tokens"], do_sample=False)
@@ -77,6 +77,7 @@ def serve(model: Path, prompt_tokens: int) -> None:
                 "prefill": first - began,
                 "token": (ended - first) / (count - 1) if count > 1 else None,
                 "tokens": count,
+                "prompt_tokens": prompt_tokens,
             }
         )
 
@@ -86,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--build", nargs=2, type=Path, metavar=("CHECKPOINT", "OUT"))
     parser.add_argument("model", nargs="?", type=Path)
-    parser.add_argument("--prompt-tokens", type=int, default=774)
+    parser.add_argument("--prompt-tokens", type=int, default=837)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.build:

@@ -60,6 +60,7 @@ def main() -> None:
             "token": decode / (most - 1) if most > 1 else None,
             "whole": clock[-1] - clock[0],
             "tokens": most,
+            "prompt_tokens": int(given["input_ids"].shape[1]),
         }
 
     for request, answered in requests(time.perf_counter() - start, about):

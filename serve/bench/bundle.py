@@ -44,6 +44,7 @@ def main() -> int:
                 "token": seconds.decode / (tokens - 1) if tokens > 1 else None,
                 "whole": whole,
                 "tokens": tokens,
+                "prompt_tokens": answer.prompt_tokens,
             }
         )
     return 0

@@ -12,6 +12,7 @@ from typing import Any
 # Seconds of a request, in the order of its work. `first_token` is the sum of those before it, `token` is of one more.
 STAGES = ("preprocess", "encode", "prefill", "first_token", "token", "whole")
 TOKENS = "tokens"
+PROMPT = "prompt_tokens"  # of a request, visual tokens among them
 LOAD = "load"  # seconds until the model could answer
 PEAK = "peak_mib"  # of the process's memory so far, with the pages of files that it has mapped
 ABOUT = "about"  # what the process runs: names and versions, for the report

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .contender import Contender
-from .protocol import STAGES, TOKENS
+from .protocol import PROMPT, STAGES, TOKENS
 
 SECOND = "second"  # the first token of another question about the same picture
 _HEADS = {
@@ -61,7 +61,10 @@ class Report:
             f"{machine['system']}.",
         ]
         for name, found in self.contenders.items():
-            lines.append(f"{name}: {', '.join(f'{key} {value}' for key, value in found['about'].items())}")
+            about = [f"{key} {value}" for key, value in found["about"].items()]
+            if found[PROMPT] is not None:
+                about.append(f"{found[PROMPT]} prompt tokens")
+            lines.append(f"{name}: {', '.join(about)}")
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -79,6 +82,7 @@ def measure(
     rounds: dict[str, dict[str, list[Any]]] = {
         contender.name: {key: [] for key in (*STAGES, SECOND, TOKENS)} for contender in contenders
     }
+    prompts: dict[str, int | None] = {}
     for number, picture in enumerate(pictures):
         # Another one begins each time, so that nobody always follows the one who heated the processor most.
         first = number % len(contenders)
@@ -94,11 +98,13 @@ def measure(
             for key in (*STAGES, TOKENS):
                 found[key].append(answers[0].get(key))
             found[SECOND].append(answers[1].get("first_token"))
+            prompts[contender.name] = answers[0].get(PROMPT)
     return {
         contender.name: {
             "load": contender.load_seconds,
             "peak": contender.peak_mib,
             "about": contender.about,
+            PROMPT: prompts[contender.name],
             "rounds": rounds[contender.name],
         }
         for contender in contenders

@@ -170,6 +170,7 @@ def _add_chat(app: FastAPI, models: Models, pictures: PictureSources, most_bytes
             max_new_tokens=chat.limit,
             sampling=_sampling(chat),
             stop=chat.stops,
+            logprobs=chat.most_logprobs,
         )
         return _Wanted(chat.model, bool(chat.stream), chat.includes_usage), scheduler.submit(question)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 MOST_STOPS = 4
 MOST_CHARACTERS = 1_000_000  # of all texts: a second or two to be made into tokens, in which others wait
@@ -128,13 +128,6 @@ class ChatRequest(_Strict):
     user: str | None = None
     metadata: dict[str, str] | None = None
 
-    @field_validator("logprobs", "top_logprobs")
-    @classmethod
-    def _no_logprobs(cls, value: int | None) -> int | None:
-        if value:
-            raise ValueError("not supported yet; leave it out")
-        return value
-
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         characters = sum(map(_characters, self.messages))
@@ -143,6 +136,10 @@ class ChatRequest(_Strict):
         both = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(both) > 1:
             raise ValueError("max_tokens and max_completion_tokens are different; give one of them")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs goes with logprobs; set logprobs to true, or leave it out")
+        if self.logprobs and self.stream:
+            raise ValueError("logprobs is not supported in a stream yet; leave one of them out")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for streams; set stream to true, or leave it out")
         return self
@@ -151,6 +148,11 @@ class ChatRequest(_Strict):
     def limit(self) -> int | None:
         """The most tokens of the answer."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def most_logprobs(self) -> int | None:
+        """How many likely tokens to tell beside each written one; None: tell nothing of them."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 from ..scheduling import Ended
 
 DONE = "data: [DONE]\n\n"
+LEAST_LOGPROB = -9999.0  # as OpenAI has it, since JSON knows no infinity
 
 
 class Completion:
@@ -19,7 +20,7 @@ class Completion:
     def whole(self, text: str, ended: Ended) -> dict[str, Any]:
         """The answer in one piece."""
         message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": ended.finish_reason}
+        choice = {"index": 0, "message": message, "logprobs": _logprobs(ended), "finish_reason": ended.finish_reason}
         return {**self._facts, "object": "chat.completion", "choices": [choice], "usage": usage(ended)}
 
     def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
@@ -39,6 +40,22 @@ def usage(ended: Ended) -> dict[str, int]:
         "completion_tokens": ended.completion_tokens,
         "total_tokens": ended.prompt_tokens + ended.completion_tokens,
     }
+
+
+def _logprobs(ended: Ended) -> dict[str, Any] | None:
+    if ended.logprobs is None:
+        return None
+    content = [
+        _token(said.text, said.logprob) | {"top_logprobs": [_token(text, logprob) for text, logprob in said.top]}
+        for said in ended.logprobs
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    # A token that is a part of a character has no text of its own.
+    encoded = None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())
+    return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": encoded}
 
 
 def event(content: dict[str, Any]) -> str:

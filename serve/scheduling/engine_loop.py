@@ -20,7 +20,7 @@ from switchkd.export.process.memory import return_freed_blocks
 from ..engine.conversation import ConversationError
 from ..engine.engine import AnswerStream, Engine
 from ..engine.prefix_folder import PrefixFolderError
-from ..engine.sampling import SamplingError
+from ..engine.sampling import SamplingError, TokenLogprob
 from .messages import (
     Ask,
     Cancel,
@@ -33,6 +33,7 @@ from .messages import (
     Piece,
     Question,
     Refused,
+    SaidToken,
     ToEngine,
 )
 from .stop_texts import StopTexts
@@ -146,6 +147,7 @@ class EngineLoop:
             question.pictures,
             max_new_tokens=question.max_new_tokens,
             sampling=question.sampling,
+            logprobs=question.logprobs,
         )
 
     def _is_prepared(self, ident: int, stream: Future[AnswerStream]) -> None:
@@ -195,4 +197,12 @@ class EngineLoop:
     def _end(self, turn: _Turn, finish_reason: str | None) -> None:
         answer = turn.stream.answer
         tokens = len(answer.tokens)
-        self._connection.send(Ended(turn.ident, finish_reason, answer.prompt_tokens, tokens, answer.seconds))
+        said = None if answer.logprobs is None else tuple(map(self._said, answer.logprobs))
+        self._connection.send(Ended(turn.ident, finish_reason, answer.prompt_tokens, tokens, answer.seconds, said))
+
+    def _said(self, token: TokenLogprob) -> SaidToken:
+        def text(ident: int) -> str:
+            return self._engine.tokenizer.decode([ident], skip_special_tokens=False)
+
+        top = tuple((text(ident), logprob) for ident, logprob in token.top)
+        return SaidToken(text(token.token), token.logprob, top)

@@ -31,6 +31,7 @@ class Question:
     max_new_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None  # of every written token, with so many others; None: of none
 
 
 # --- to the engine ---
@@ -90,6 +91,15 @@ class Failed:
 
 
 @dataclass(frozen=True)
+class SaidToken:
+    """A written token as text, the natural logarithm of its probability, and the likeliest ones in its place."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
 class Ended:
     """An answer's end, for whatever reason (None: cancelled), what it took in tokens and where its time went."""
 
@@ -98,6 +108,7 @@ class Ended:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: Seconds = field(default_factory=Seconds)
+    logprobs: tuple[SaidToken, ...] | None = None  # where they were asked for
 
 
 ToEngine = Ask | Cancel

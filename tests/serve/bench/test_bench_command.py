@@ -49,6 +49,7 @@ def test_every_stage_is_measured(
         assert {len(values) for values in rounds.values()} == {2}
         assert found["load"] > 0
         assert found["peak"] > 10
+        assert found["prompt_tokens"] > 40
         assert found["about"]["precision"] == name.split()[1]
         for number in range(2):
             taken = {stage: rounds[stage][number] for stage in STAGES}

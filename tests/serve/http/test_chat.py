@@ -217,6 +217,28 @@ def test_models_are_listed_and_each_answers(server: Server, tiny_bundle: Path) -
         assert (answer.model, answer.choices[0].message.content) == (name, expected.text)
 
 
+def test_log_probabilities_are_the_engines(server: Server, engine: Engine) -> None:
+    create = server.client().chat.completions.create
+    answer = create(model="bundle", messages=chat("Hi"), max_tokens=6, logprobs=True, top_logprobs=2)
+    expected = engine.answer("Hi", max_new_tokens=6, logprobs=2)
+    assert expected.logprobs is not None
+    said = answer.choices[0].logprobs
+    assert said is not None
+    assert said.content is not None
+    assert len(said.content) == len(expected.tokens)
+    for ours, theirs in zip(said.content, expected.logprobs, strict=True):
+        assert ours.token == engine.tokenizer.decode([theirs.token], skip_special_tokens=False)
+        assert ours.bytes in (None, list(ours.token.encode()))
+        assert ours.logprob == theirs.logprob
+        assert [each.logprob for each in ours.top_logprobs] == [logprob for _, logprob in theirs.top]
+        assert ours.top_logprobs[0].token == ours.token  # a greedy answer
+    alone = create(model="bundle", messages=chat("Hi"), max_tokens=6, logprobs=True)
+    assert alone.choices[0].logprobs is not None
+    assert alone.choices[0].logprobs.content is not None
+    assert [each.top_logprobs for each in alone.choices[0].logprobs.content] == [[]] * len(expected.tokens)
+    assert create(model="bundle", messages=chat("Hi"), max_tokens=6).choices[0].logprobs is None
+
+
 def test_what_changes_no_answer_may_be_sent(server: Server) -> None:
     nothing = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": False, "stop": None, "user": "ada"}
     answer = server.client().chat.completions.create(
