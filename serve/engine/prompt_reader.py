@@ -16,7 +16,7 @@ from .picture_encoder import OpenPicture, PictureEncoder
 from .prefix_cache import Prefix, PrefixCache, prefixes
 
 # Positions read at once. onnxruntime's attention computes the scores of all of them with all before and among them,
-# those that causality forbids too: of 770 read in one piece that is half of its work, in pieces of 256 a sixth.
+# those that causality forbids too: of 770 read in one piece that is half of its work, in four parts a fifth.
 AT_ONCE = 256
 
 
