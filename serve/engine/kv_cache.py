@@ -94,7 +94,7 @@ class SharedCache(KVCache):
     def frozen(self) -> Positions:
         """A copy of what was read so far."""
         values = {
-            name: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(buffer[:, :, : self.length]))
+            name: OrtValue.ortvalue_from_numpy(buffer[:, :, : self.length].copy())  # a view would hold all of it
             for name, buffer in self._buffers_1KPE.items()
         }
         return Positions(self.length, self.nbytes, values)

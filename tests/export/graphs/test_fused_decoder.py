@@ -260,6 +260,15 @@ def test_one_buffer_for_past_and_present_changes_no_bit(both: Path, precision: s
     assert kept.nbytes == sum(value.numpy().nbytes for value in kept.values.values())
 
 
+def test_what_is_kept_of_a_buffer_is_a_copy_of_it() -> None:
+    """Also with one key-value head, where its beginning lies in one piece and could be had as a view."""
+    cache = SharedCache(CacheShape(1, 1, 4), "float32", 1000)
+    cache.advance({}, 3)
+    kept = cache.frozen().values["past_key_values.0.key"]
+    cache.inputs["past_key_values.0.key"].update_inplace(np.ones((1, 1, 1000, 4), np.float32))
+    np.testing.assert_array_equal(kept.numpy(), np.zeros((1, 1, 3, 4)))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "q4"])
 def test_a_known_picture_changes_no_bit_of_an_answer(both: Path, precision: str) -> None:
     picture = Image.new("RGB", (40, 30), (200, 60, 20))
