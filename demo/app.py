@@ -226,7 +226,7 @@ def speed_html(answer: Answer | None = None) -> str:
     first = encode = rate = "–"
     if answer is not None:
         first = _milliseconds(answer.seconds.first_token)
-        encode = _milliseconds(answer.seconds.preprocess + answer.seconds.encode)
+        encode = _milliseconds(answer.seconds.pictures)
         rate = f"{answer.tokens_per_second:.0f} <small>tokens/s</small>" if answer.tokens_per_second else "–"
     tiles = (("First token", first), ("Writing", rate), ("Encoding", encode))
     return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles) + "</dl>"

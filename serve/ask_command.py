@@ -81,7 +81,7 @@ def timing_line(answer: Answer) -> str:
     """Say in one line how long an answer took and why it ended."""
     seconds = answer.seconds
     parts = [
-        f"picture {(seconds.preprocess + seconds.encode) * 1000:.0f} ms",
+        f"picture {seconds.pictures * 1000:.0f} ms",
         f"prompt {seconds.prefill * 1000:.0f} ms",
     ]
     speed = answer.tokens_per_second

@@ -7,6 +7,7 @@ import shlex
 import sys
 import tempfile
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         found = measure(contenders, pictures, QUESTIONS, args.tokens, _show)
     report = Report(this_machine(), args.threads or processors(), QUESTIONS[0], args.rounds, found)
     if args.json is not None:
-        args.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
     print(report.text())
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,6 @@ class Report:
     question: str
     rounds: int
     contenders: Mapping[str, Mapping[str, Any]]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The whole report, as it is written to a JSON file."""
-        return asdict(self)
 
     def text(self) -> str:
         """A table for people: medians, with the least and the most below each."""

@@ -19,8 +19,7 @@ from switchkd.export.contract.prompt import Message, TokenizerError, read_tokeni
 from .conversation import ConversationError, PromptTokens, to_messages
 from .decoder import Decoder, Floats
 from .picture_encoder import OpenPicture, Picture, PictureEncoder
-from .prefix_cache import MEMORY as PREFIX_MEMORY
-from .prefix_cache import PrefixCache
+from .prefix_cache import PREFIX_MEMORY, PrefixCache
 from .prefix_folder import PrefixFolder, fingerprint
 from .prompt_reader import PromptReader
 from .sampling import Sampler, Sampling, SamplingError, TokenLogprob, token_logprob
@@ -43,9 +42,14 @@ class Seconds:
     decode: float = 0.0
 
     @property
+    def pictures(self) -> float:
+        """Seconds that the pictures took, opened and encoded."""
+        return self.preprocess + self.encode
+
+    @property
     def first_token(self) -> float:
         """Seconds until the first token."""
-        return self.preprocess + self.encode + self.prefill
+        return self.pictures + self.prefill
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from .kv_cache import KVCache, Positions
 from .prefix_folder import PrefixFolder
 
-MEMORY = 128  # MiB
+PREFIX_MEMORY = 128  # MiB
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,10 @@ class Metrics:
         if (ended := answering.ended) is not None:
             self._prompt.labels(model).inc(ended.prompt_tokens)
             self._completion.labels(model).inc(ended.completion_tokens)
-            for stage in ("encode", "prefill", "decode"):
-                self._stages.labels(model, stage).observe(getattr(ended.seconds, stage))
+            seconds = ended.seconds
+            stages = {"encode": seconds.pictures, "prefill": seconds.prefill, "decode": seconds.decode}
+            for stage, taken in stages.items():
+                self._stages.labels(model, stage).observe(taken)
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""

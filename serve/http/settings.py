@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Self
 
+from ..engine.prefix_cache import PREFIX_MEMORY
+
 PREFIX = "SWITCHKD_SERVE_"
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
@@ -48,7 +50,7 @@ class ServerSettings:
     port: int = _flag(int, 8000, "PORT", "port to listen at; 0 takes a free one")
     precision: tuple[str, ...] = _flag(_list, (), "P,P", "precisions to serve of each bundle (default: its first)")
     threads: int | None = _flag(int, None, "N", "threads that an engine computes with (default: one a core)")
-    prefix_memory: int = _flag(int, 128, "MIB", "memory for what an engine made of pictures; 0 keeps nothing")
+    prefix_memory: int = _flag(int, PREFIX_MEMORY, "MIB", "memory for what an engine made of pictures; 0 keeps nothing")
     prefix_folder: str | None = _flag(str, None, "FOLDER", "keep it in files too, for when the server starts again")
     parallel: int = _flag(int, 4, "N", "answers that an engine writes at a time, in turns")
     queue: int = _flag(int, 128, "N", "questions that may wait for an engine; further ones get 429")

@@ -14,7 +14,7 @@ class AnswerRefused(SchedulingError):
 
 
 class AnswerFailed(SchedulingError):
-    """A fault of ours while the question was prepared."""
+    """A fault of ours while the question was prepared or answered."""
 
     reason = "failed"
 

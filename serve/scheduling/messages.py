@@ -7,6 +7,7 @@ from pathlib import Path
 from switchkd.export.contract.prompt import Message
 
 from ..engine.engine import Seconds
+from ..engine.prefix_cache import PREFIX_MEMORY
 from ..engine.sampling import Sampling
 
 
@@ -18,7 +19,7 @@ class EngineOpening:
     precision: str
     threads: int | None = None
     log_level: str = "warning"
-    prefix_memory: int = 128
+    prefix_memory: int = PREFIX_MEMORY
     prefix_folder: Path | None = None
 
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, LlavaConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, LlavaConfig, PreTrainedTokenizerBase
 
 from switchkd.export.folders.lfs_pointers import pointer_fault
 from switchkd.export.folders.out_folder import making
 from switchkd.export.llava.weights import is_llavas_own
 
-from ..models.vlm import ModelError, encoder_config, forget_cuts, load_encoder, read_config
+from ..models.vlm import ModelError, encoder_config, load_encoder, read_config
 from .standard_folder import (
     EMBEDDING,
     STRATEGIES,
@@ -29,6 +29,7 @@ from .standard_folder import (
     Prompt,
     Sources,
     check_supported,
+    checkpoint_tokenizer,
     folder_with,
     picture_processor,
     read_json,
@@ -104,7 +105,7 @@ def _import(checkpoint: Path, folder: Path, sources: Sources, prompt: str | None
     source = source_of(sources.encoder, named, "vision encoder's config", "--vision-tower")
     vision = encoder_config(source, read_config(source))
     text = _text_config(published)
-    tokenizer = _tokenizer(checkpoint, sources, text)
+    tokenizer = checkpoint_tokenizer(sources.language_model or str(checkpoint), text)
     prompt = _speak(tokenizer, prompt, text.model_type, checkpoint)
     config = _standard_config(published, vision, text, tokenizer)
     processor = picture_processor(
@@ -183,18 +184,6 @@ def _standard_config(
     return standard_config(vision, text, tokenizer, published.get("mm_vision_select_layer", -2), strategy)
 
 
-def _tokenizer(checkpoint: Path, sources: Sources, text: Any) -> PreTrainedTokenizerBase:
-    source = sources.language_model or str(checkpoint)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, config=text, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(
-            f"{source}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]}); give a folder that has "
-            "it as tokenizer.json, such as that of the language model it was trained from: --language-model FOLDER"
-        ) from None
-    return tokenizer
-
-
 def _speak(tokenizer: PreTrainedTokenizerBase, prompt: str | None, kind: str, checkpoint: Path) -> str:
     """Give the tokenizer LLaVA's prompt and the token that ends an answer in it; returns the prompt's name."""
     prompt = prompt or _USUAL[kind]
@@ -203,7 +192,6 @@ def _speak(tokenizer: PreTrainedTokenizerBase, prompt: str | None, kind: str, ch
             f"{checkpoint}: prompt {prompt!r} does not go with its tokenizer; give --prompt {' or '.join(PROMPTS)}, "
             f"whose answers end with {' and '.join(form.end for form in PROMPTS.values())}"
         )
-    forget_cuts(tokenizer)
     PROMPTS[prompt].teach(tokenizer)
     return prompt
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoImageProcessor,
+    AutoTokenizer,
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -27,7 +28,7 @@ from switchkd.export.contract.pixels import Preprocessing
 from switchkd.export.llava.projectors import tokens_per_picture
 from switchkd.export.llava.weights import is_unread
 
-from ..models.vlm import IMAGE_TOKEN, ModelError, Vlm, add_image_token, make_processor
+from ..models.vlm import IMAGE_TOKEN, ModelError, Vlm, add_image_token, forget_cuts, make_processor
 
 # "patch" drops the first feature whatever the encoder: CLIP's class token, and with SigLIP, which has none, a patch.
 STRATEGIES: dict[str, Literal["default", "full"]] = {"patch": "default", "cls_patch": "full"}
@@ -96,6 +97,19 @@ def standard_config(
     )
     config.image_seq_length = tokens_per_picture(config)
     return config
+
+
+def checkpoint_tokenizer(source: str, text: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id for a language model's config, without cuts of its own. Raises ModelError."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, config=text, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:  # of a package that reads older forms, say
+        raise ModelError(
+            f"{source}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]}); give a folder that has "
+            "it as tokenizer.json, such as that of the language model it was trained from: --language-model FOLDER"
+        ) from None
+    forget_cuts(tokenizer)
+    return tokenizer
 
 
 def own_settings(given: dict[str, Any]) -> dict[str, Any]:

@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from switchkd.export.folders.lfs_pointers import pointer_fault
 from switchkd.export.folders.out_folder import making
 
-from ..models.vlm import ENCODERS, ModelError, encoder_config, forget_cuts, read_config
+from ..models.vlm import ENCODERS, ModelError, encoder_config, read_config
 from .standard_folder import (
     STRATEGIES,
     Imported,
     Prompt,
     Sources,
     check_supported,
+    checkpoint_tokenizer,
     folder_with,
     own_settings,
     picture_processor,
@@ -170,15 +171,7 @@ def _tokenizer(checkpoint: Path, published: dict[str, Any], sources: Sources, te
     if source is None:
         name = published.get("tokenizer_name_or_path") or published.get("llm_model_name_or_path")
         source = source_of(sources.language_model, name, "tokenizer", "--language-model")
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, config=text, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{source}: its tokenizer cannot be loaded ({str(error).splitlines()[0]}); give the folder of the language "
-            "model that it was trained from: --language-model FOLDER"
-        ) from None
-    forget_cuts(tokenizer)
-    return tokenizer
+    return checkpoint_tokenizer(source, text)
 
 
 def _speak(tokenizer: PreTrainedTokenizerBase, prompt: str | None, checkpoint: Path) -> str:
