@@ -33,6 +33,7 @@ from switchkd.training.recipe.model_sizes import PUBLISHED
 
 GB = 1e9
 SIGLIP, CLIP = "google/siglip-so400m-patch14-384", "openai/clip-vit-large-patch14-336"
+SIGLIP2_BASE = "google/siglip2-base-patch16-384"
 _QWEN = {"vocab_size": 151_936, "max_position_embeddings": 32_768, "rope_theta": 1e6}
 # HuggingFaceTB/SmolLM2-360M-Instruct, from its config.json on the hub.
 _SMOLLM2 = {"vocab_size": 49_152, "max_position_embeddings": 8192, "rope_theta": 1e5, "hidden_size": 960} | {
@@ -79,6 +80,7 @@ SHAPES = {
     "1.5b": Shape(SIGLIP, Qwen2Config, _QWEN | PUBLISHED["Qwen/Qwen2.5-1.5B-Instruct"]),
     "clip": Shape(CLIP, Qwen2Config, _QWEN_HALF),
     "ldpv2": Shape(SIGLIP, Qwen2Config, _QWEN_HALF, "ldpv2"),
+    "edge": Shape(SIGLIP2_BASE, Qwen2Config, _QWEN_HALF, "ldpv2"),
     "llama": Shape(SIGLIP, LlamaConfig, _SMOLLM2),
 }
 

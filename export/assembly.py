@@ -11,15 +11,17 @@ from typing import Any
 
 from .card.card import write_card
 from .card.licence import licence_files, stated_licence
-from .card.ort_files import check_ort_files, write_ort_files
+from .card.ort_files import check_ort_files, is_checked, write_ort_files
 from .contract.bundle import (
     CHAT_TEMPLATE,
     DECODER,
+    EMBED_TOKENS,
     EXACT,
     FUSED,
     GRAPHS,
     MANIFEST,
     PORTABLE,
+    VISION_ENCODER,
     Bundle,
     FileFacts,
     GraphFile,
@@ -35,7 +37,7 @@ from .graphs.onnx_graph import OnnxGraph, Storage
 from .graphs.tracing import EmbedTokens, ExportError, GraphDescription, PortableDecoder, VisionEncoder, quiet
 from .process.progress import Progress as Progress
 from .process.progress import Steps
-from .quantisation.precisions import MIXED, Precision, choose_precisions, dtype_of, precision_of
+from .quantisation.precisions import AUTO, MIXED, Precision, choose_precisions, dtype_of, dtypes_of, precision_of
 from .quantisation.weight_only import integer_weights, round_activations
 from .search.calibration import Calibration
 from .search.mix_options import Mixing, MixOptions
@@ -72,6 +74,7 @@ class _Plan:
     """What `export_checkpoint` was asked for, checked."""
 
     chosen: list[Precision]
+    reader: Precision | None  # one that is not among them: it only reads pictures and prompts for others
     forms: tuple[str, ...]  # of the decoder
     prefill: str | None
     mix: MixOptions
@@ -83,21 +86,35 @@ class _Plan:
 
     @property
     def writers(self) -> frozenset[str]:
-        """The precisions for which `prefill` reads prompts."""
+        """The precisions for which `prefill` reads pictures and prompts."""
         dtype = precision_of(self.prefill).cache_dtype if self.prefill else None
         users = (each for each in self.chosen if each.cache_dtype == dtype)
         return frozenset(each.name for each in users if each.name not in (self.prefill, EXACT))
 
     @property
+    def written(self) -> list[Precision]:
+        """Those that have files of their own."""
+        return self.chosen if self.reader is None else [*self.chosen, self.reader]
+
+    def has(self, precision: Precision, graph: str) -> bool:
+        """Whether a graph (one of GRAPHS) is written in a precision.
+
+        One that only reads has no embeddings, and those it reads for have its vision encoder.
+        """
+        if precision is self.reader:
+            return graph != EMBED_TOKENS
+        return graph != VISION_ENCODER or self.reader is None or precision.name not in self.writers
+
+    @property
     def halves(self) -> frozenset[str]:
         """The precisions that compute in float16."""
-        return frozenset(each.name for each in self.chosen if each.cache_dtype == "float16")
+        return frozenset(each.name for each in self.written if each.cache_dtype == "float16")
 
     @property
     def steps(self) -> int:
         """How many steps there are to do."""
         trace = len(GRAPHS) - 1 + len(self.forms)
-        write_and_verify = (1 + len(self.forms)) * len(self.chosen) + len(self.writers)
+        write_and_verify = len(self.written) + len(self.forms) * len(self.chosen) + len(self.writers)
         always = 3  # load the checkpoint, ask PyTorch, measure the speed
         return always + trace + write_and_verify + bool(self.halves) + 2 * self.ort + self.mix_steps
 
@@ -118,19 +135,30 @@ def export_checkpoint(
 ) -> ExportReport:
     """Export a LlavaForConditionalGeneration folder as a verified bundle at `out`, the first precision its default.
 
-    `decoder` is one of DECODERS. `prefill` names the precision whose decoder reads prompts for others, as
-    `Manifest.prefill_of` says. `mix` tells what `mixed` is made of, or `auto` found by. `storage` says which graphs get
-    their weights in files of their own; by default those that must. Greedy answers are compared on so many `pairs`;
-    with `ort` every graph is written as an .ort file too. The folder `examples` (an examples.json and pictures, for the
-    demo) goes in as it is. The checkpoint is only read. Everything is written apart and renamed at the end, so that a
-    failure leaves nothing under the final name. Raises ExportError, VerificationError, or PromptError.
+    `decoder` is one of DECODERS. `prefill` names the precision that reads pictures and prompts for others, as
+    `Manifest.prefill_of` says; one that is not among `precisions` does nothing else. `mix` tells what `mixed` is made
+    of, or `auto` found by. `storage` says which graphs get their weights in files of their own; by default those that
+    must. Greedy answers are compared on so many `pairs`; with `ort` every graph is written as an .ort file too. The
+    folder `examples` (an examples.json and pictures, for the demo) goes in as it is. The checkpoint is only read.
+    Everything is written apart and renamed at the end, so that a failure leaves nothing under the final name. Raises
+    ExportError, VerificationError, or PromptError.
     """
     chosen = choose_precisions(list(precisions))
     mix = mix or MixOptions()
     if decoder not in DECODERS:
         raise ExportError(f"decoder {decoder!r} is unknown; choose from {', '.join(DECODERS)}")
+    reader = _reader(prefill, chosen)
     plan = _Plan(
-        chosen, DECODERS[decoder], prefill, mix, storage or Storage(), pairs, ort, examples, mix.steps(precisions)
+        chosen,
+        reader,
+        DECODERS[decoder],
+        prefill,
+        mix,
+        storage or Storage(),
+        pairs,
+        ort,
+        examples,
+        mix.steps(precisions),
     )
     _check_prefill(plan)
     check_pairs(pairs)
@@ -146,14 +174,19 @@ def export_checkpoint(
     return ExportReport(out, sizes, dict(manifest.verification), steps.seconds, source.notes)
 
 
+def _reader(prefill: str | None, chosen: Sequence[Precision]) -> Precision | None:
+    """The precision that only reads for the chosen ones; raises ExportError for one that is unknown, or a mix."""
+    if prefill is None or prefill in (each.name for each in chosen):
+        return None
+    if prefill in (MIXED, AUTO):
+        raise ExportError(f"prefill {prefill!r}: a mix reads for others only where it is among --dtype; add it there")
+    return precision_of(prefill)
+
+
 def _check_prefill(plan: _Plan) -> None:
     """Raise ExportError where `prefill` would read no precision's prompts."""
-    if plan.prefill is None:
-        return
-    names = [precision.name for precision in plan.chosen]
-    if plan.prefill not in names:
-        raise ExportError(f"prefill {plan.prefill!r} is not among the precisions {', '.join(names)}; add it to them")
-    if not plan.writers:
+    if plan.prefill is not None and not plan.writers:
+        names = [precision.name for precision in plan.chosen]
         dtype = precision_of(plan.prefill).cache_dtype
         raise ExportError(
             f"prefill {plan.prefill!r} is of no use to {', '.join(names)}: it takes another precision with a {dtype} "
@@ -213,8 +246,9 @@ def _write_bundle(source: Checkpoint, bundle: Path, plan: _Plan, steps: Steps) -
     if plan.ort:
         with steps.step("write .ort files"):
             write_ort_files(bundle, graphs)
-    _write_json(bundle / "config.json", {**_config(source), "transformers.js_config": _transformers_js(graphs)})
-    manifest = replace(manifest, graphs=graphs, files=_hash_files(bundle))
+    manifest = replace(manifest, graphs=graphs)
+    _write_json(bundle / "config.json", {**_config(source), "transformers.js_config": _transformers_js(manifest)})
+    manifest = replace(manifest, files=_hash_files(bundle))
     (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     verification = _verify(bundle, manifest, prompts, expected, mixing, plan.ort, steps)
     for variant, found in manifest.variants().items():
@@ -251,7 +285,7 @@ def _verify(
     if ort:
         with steps.step("verify .ort files"):
             for found in manifest.variants().values():
-                if found.prefill is None:  # the one that reads for it is checked too
+                if is_checked(manifest, found):
                     check_ort_files(bundle, found, prompts.first[:3])
     with steps.step("measure speed"):
         for variant, speed in measure_variants(bundle, manifest, prompts.first[0]).items():
@@ -283,9 +317,11 @@ def _write_graphs(
 ) -> tuple[GraphFile, ...]:
     """Make every precision from the traced float32 files, one graph at a time."""
     graphs = []
-    for precision in plan.chosen:
+    for precision in plan.written:
         with steps.step(f"write {precision.name}"), quiet():
             for description in descriptions:
+                if not plan.has(precision, description.name):
+                    continue
                 mixed = mixing if precision.name == MIXED else None
                 graph = OnnxGraph.read(mixed.file(description) if mixed else _onnx(traced, description))
                 if overflow is not None:
@@ -315,10 +351,12 @@ def _onnx(folder: Path, description: GraphDescription) -> Path:
     return folder / f"{description.stem or description.name}.onnx"
 
 
-def _transformers_js(graphs: tuple[GraphFile, ...]) -> dict[str, Any]:
+def _transformers_js(manifest: Manifest) -> dict[str, Any]:
     """What transformers.js must be told: how many data files a graph has, and which caches are not float32."""
+    graphs = manifest.graphs
     return {
-        "dtype": dtype_of(graphs[0].precision),  # where nobody asks for one: a browser's own default may not be here
+        # Where nobody asks for one: a browser's own default may not be here.
+        "dtype": dtypes_of(manifest, manifest.precisions[0]),
         "use_external_data_format": {Path(graph.file).name: len(graph.data) for graph in graphs if graph.data},
         "kv_cache_dtype": {
             dtype_of(graph.precision): dtype

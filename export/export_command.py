@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefill",
         metavar="PRECISION",
-        help="one of --dtype whose decoder reads prompts for the others, which then write: int8 for q4, say",
+        help="the precision that reads pictures and prompts for those of --dtype, which then write: int8 for q4, say; "
+        "one that is not among them does nothing else",
     )
     _add_mix_arguments(parser)
     parser.add_argument(

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .card.mobile_checker import check_mobile
-from .card.ort_files import check_ort_files, has_ort_files
+from .card.ort_files import check_ort_files, has_ort_files, is_checked
 from .contract.bundle import INT7, INT8, PORTABLE, Bundle, BundleError, GraphFile, Manifest
 from .contract.integer_products import ASK_FOR_EXACT, products_are_exact
 from .contract.prompt import PromptError
@@ -68,7 +68,7 @@ def verify_bundle(
     """
     bundle = Bundle.open(path, check_hashes=True)  # of every file, whatever its precision
     manifest = bundle.manifest
-    for precision in manifest.precisions:
+    for precision in dict.fromkeys(graph.precision for graph in manifest.graphs):
         if precision not in (*PRECISIONS, MIXED):
             raise BundleError(f"{path}: precision {precision!r} is unknown to this switchkd; update it")
     for graph in manifest.graphs:
@@ -93,7 +93,7 @@ def verify_bundle(
                     f"; against {compared_with}: logits off by {found['logits']['relative_rms']:.1e}, "
                     f"{found['greedy']['equal']} of {found['greedy']['prompts']} greedy answers equal"
                 )
-            if has_ort_files(manifest) and run.prefill is None:  # the one that reads for it is checked too
+            if has_ort_files(manifest) and is_checked(manifest, run):
                 check_ort_files(path, run, prompts.first[:3])
                 line += "; .ort files give the same"
         print(line)

@@ -3,7 +3,6 @@
 import json
 import textwrap
 from collections.abc import Mapping
-from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -12,7 +11,7 @@ from tokenizers import Tokenizer
 from ..contract.bundle import DECODER, FUSED, GRAPHS, PORTABLE, Bundle, Manifest
 from ..contract.generation_settings import GenerationSettings, not_obeyed
 from ..contract.prompt import PromptEncoder, read_tokenizer
-from ..quantisation.precisions import MIXED, dtype_of, precision_of
+from ..quantisation.precisions import MIXED, dtypes_of, precision_of
 from ..verification.questions import FIRST
 from ..verification.speed import STAGES
 from .phones import mobile_text
@@ -90,7 +89,7 @@ import { AutoProcessor, LlavaForConditionalGeneration, env, load_image } from "@
 const [bundle, picture, question] = ["bundle", "picture.png", "What is in the picture?"];
 env.localModelPath = "./";
 env.allowRemoteModels = false;
-const model = await LlavaForConditionalGeneration.from_pretrained(bundle, { dtype: "$dtype" });
+const model = await LlavaForConditionalGeneration.from_pretrained(bundle, { dtype: $dtype });
 const processor = await AutoProcessor.from_pretrained(bundle);
 const messages = [{ role: "user", content: [{ type: "image" }, { type: "text", text: question }] }];
 const prompt = processor.tokenizer.apply_chat_template(messages, { tokenize: false, add_generation_prompt: true })
@@ -116,8 +115,9 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 picture, question = sys.argv[1:]
-vision, embed, decoder = (onnxruntime.InferenceSession(f"onnx/{name}$suffix.onnx")
-                          for name in ("vision_encoder", "embed_tokens", "decoder_model_merged"))
+vision, embed, decoder = (onnxruntime.InferenceSession(file) for file in (
+    $files,
+))
 tokenizer = Tokenizer.from_file("tokenizer.json")
 image = Image.open(picture).convert("RGB").resize(($width, $height), $resample)
 pixels = (np.asarray(image, dtype=np.float32) * $rescale - $mean) / $std
@@ -171,7 +171,7 @@ def write_card(bundle: Bundle, manifest: Manifest) -> None:
         new_tokens=greedy["max_new_tokens"],
         parity=_parity(records) + _scores(records),
         script=_script(bundle, manifest, prompt, adds),
-        dtype=dtype_of(manifest.precisions[0]),
+        dtype=json.dumps(dtypes_of(manifest, manifest.precisions[0])),
         image_token=model.image_token,
         speed=_speed(records),
         licence_keys="".join(f"{key}: {json.dumps(text)}\n" for key, text in source["licence"]["stated"].items()),
@@ -328,7 +328,7 @@ def _script(bundle: Bundle, manifest: Manifest, prompt: str, adds: bool) -> str:
     positions = '        "position_ids": np.arange(length, length + new)[None],\n'
     return _SCRIPT.substitute(
         positions=positions if bundle.graph(DECODER).form == PORTABLE else "",
-        suffix=Path(bundle.graph(GRAPHS[0]).file).stem.removeprefix(GRAPHS[0]),
+        files=",\n    ".join(json.dumps(bundle.graph(name).file) for name in GRAPHS),
         width=width,
         height=height,
         resample=preprocessing.resample,

@@ -66,14 +66,22 @@ def _convert(source: Path, target: Path) -> None:
     onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
+def is_checked(manifest: Manifest, variant: Variant) -> bool:
+    """Whether a variant's .ort files are compared: each graph is a part of one such variant at least."""
+    return variant.prefill is None or variant.prefill not in manifest.precisions
+
+
 def check_ort_files(path: Path, variant: Variant, prompts: Sequence[SamplePrompt]) -> None:
-    """Run a variant's .ort files after its .onnx files; raises ValuesError, and what `GraphRunner.run` raises."""
+    """Run a variant's .ort files after its .onnx files; raises ValuesError, and what `GraphRunner.run` raises.
+
+    With a reader in it, that one's decoder reads the prompts, and is what is compared.
+    """
     bundle = Bundle.open(path, variant.precision).in_form(variant.form)
     graphs = tuple(replace(graph, file=ort_file(graph), data=()) for graph in bundle.manifest.graphs)
     converted = replace(bundle, manifest=replace(bundle.manifest, graphs=graphs))
     features, logits = Difference(), Difference()
-    wanted = _results(bundle, prompts)  # one after the other, since both may be large
-    for (got_PND, got_RV), (wanted_PND, wanted_RV) in zip(_results(converted, prompts), wanted, strict=True):
+    wanted = _results(bundle, variant, prompts)  # one after the other, since both may be large
+    for (got_PND, got_RV), (wanted_PND, wanted_RV) in zip(_results(converted, variant, prompts), wanted, strict=True):
         if got_PND is not None and wanted_PND is not None:
             features.add(got_PND, wanted_PND)
         logits.add(got_RV, wanted_RV)
@@ -81,9 +89,9 @@ def check_ort_files(path: Path, variant: Variant, prompts: Sequence[SamplePrompt
     logits.check(converted.graph(DECODER).file, float("inf"), _SAME)
 
 
-def _results(bundle: Bundle, prompts: Sequence[SamplePrompt]) -> list[tuple[Array | None, Array]]:
+def _results(bundle: Bundle, variant: Variant, prompts: Sequence[SamplePrompt]) -> list[tuple[Array | None, Array]]:
     """A prompt's features_PND, where it has pictures, and its last logits_RV."""
-    runner = GraphRunner(bundle)
+    runner = GraphRunner(bundle, None if variant.prefill is None else bundle.prefill())
     runner.encode_ahead(prompt.pixels_PCHW for prompt in prompts if prompt.pixels_PCHW is not None)
     return [
         (

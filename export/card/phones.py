@@ -3,8 +3,8 @@
 Neither Kotlin nor Swift is compiled by a test; the names are those of onnxruntime's Java and Objective-C interfaces.
 """
 
+import json
 import textwrap
-from pathlib import Path
 from string import Template
 
 from ..contract.bundle import DECODER, GRAPHS, PORTABLE, Bundle, Manifest
@@ -27,8 +27,9 @@ import java.nio.*
 
 // folder: String, the bundle's; pixels: FloatArray, $channels x $height x $width, channels first; ids: LongArray
 val env = OrtEnvironment.getEnvironment()
-val (vision, embed, decoder) = listOf("vision_encoder", "embed_tokens", "$decoder")
-    .map { env.createSession("$$folder/onnx/$${it}$suffix.onnx", OrtSession.SessionOptions()) }
+val (vision, embed, decoder) = listOf(
+    $graphs,
+).map { env.createSession("$$folder/$$it", OrtSession.SessionOptions()) }
 fun floats(data: FloatArray, vararg shape: Long) = OnnxTensor.createTensor(env, FloatBuffer.wrap(data), shape)
 fun longs(data: LongArray, vararg shape: Long) = OnnxTensor.createTensor(env, LongBuffer.wrap(data), shape)
 fun read(value: OnnxValue): FloatArray {
@@ -62,9 +63,9 @@ import OnnxRuntimeBindings
 
 // folder: String, the bundle's; pixels: [Float], $channels x $height x $width, channels first; ids: [Int64]
 let env = try ORTEnv(loggingLevel: .warning)
-let sessions = try ["vision_encoder", "embed_tokens", "$decoder"].map {
-    try ORTSession(env: env, modelPath: "\\(folder)/onnx/\\($$0)$suffix.onnx", sessionOptions: nil)
-}
+let sessions = try [
+    $graphs,
+].map { try ORTSession(env: env, modelPath: "\\(folder)/\\($$0)", sessionOptions: nil) }
 let (vision, embed, decoder) = (sessions[0], sessions[1], sessions[2])
 func tensor<T>(_ values: [T], _ type: ORTTensorElementDataType, _ shape: [Int]) throws -> ORTValue {
     let data = values.withUnsafeBytes { NSMutableData(bytes: $$0.baseAddress, length: $$0.count) }
@@ -116,16 +117,13 @@ def mobile_text(bundle: Bundle, manifest: Manifest, *, adds_special_tokens: bool
     chosen = min(fit or manifest.precisions, key=lambda name: sum(manifest.graph_bytes(name).values()))
     graphs = [bundle.graph(name, chosen) for name in GRAPHS]
     files = [*(name for graph in graphs for name in (graph.file, *graph.data)), bundle.tokenizer_path.name]
-    suffix = Path(graphs[0].file).stem.removeprefix(GRAPHS[0])
-    decoder = bundle.graph(DECODER, chosen)
-    portable = decoder.form == PORTABLE
+    portable = bundle.graph(DECODER, chosen).form == PORTABLE
     channels, height, width = model.picture_shape
     return _TEXT.substitute(
         special="with its special tokens" if adds_special_tokens else "without adding special tokens",
         files=textwrap.fill(_files(manifest, chosen, files), 120, break_on_hyphens=False),
         accelerators=_ACCELERATORS if portable else _FUSED,
-        decoder=Path(decoder.file).stem.removesuffix(suffix),
-        suffix=suffix,
+        graphs=",\n    ".join(json.dumps(graph.file) for graph in graphs),
         channels=channels,
         height=height,
         width=width,

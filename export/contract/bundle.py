@@ -129,6 +129,8 @@ class Bundle:
         bundle = cls.of(path, precision, manifest)
         for name in GRAPHS:
             bundle.graph(name)  # raises where it is not there
+        if (reader := bundle.prefill()) is not None:
+            reader.graph(VISION_ENCODER)
         for graph in manifest.graphs:
             if graph.precision in (precision, manifest.prefill_of(precision)):
                 _check_graph(path, graph)
@@ -176,15 +178,20 @@ class Bundle:
         return replace(self, form=form)
 
     def prefill(self) -> Self | None:
-        """The same in the precision whose decoder reads prompts, or None where this one's reads its own."""
+        """The same in the precision that reads pictures and prompts, or None where this one reads its own."""
         precision = self.manifest.prefill_of(self.precision)
         if precision is None or (self.form is not None and self.form not in self.manifest.forms(precision)):
             return None
         return replace(self, precision=precision)
 
     def graph(self, name: str, precision: str | None = None) -> GraphFile:
-        """The entry of a graph (one of GRAPHS), in the bundle's precision unless another is named."""
+        """The entry of a graph (one of GRAPHS), in the bundle's precision unless another is named.
+
+        The vision encoder is the reader's where the precision has none of its own.
+        """
         precision = precision or self.precision
+        if name == VISION_ENCODER:
+            precision = self.manifest.encoder_of(precision)
         for graph in self.manifest.graphs:
             formed = name != DECODER or self.form in (None, graph.form)
             if graph.name == name and graph.precision == precision and formed:

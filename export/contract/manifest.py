@@ -127,7 +127,7 @@ class FileFacts:
 
 
 class Variant(NamedTuple):
-    """One way to run a bundle: a precision, the form of its decoder, and who reads prompts if not that decoder."""
+    """One way to run a bundle: a precision, the form of its decoder, and who reads prompts if it does not itself."""
 
     precision: str
     form: str
@@ -143,12 +143,17 @@ class Manifest:
     files: Mapping[str, FileFacts]
     source: Mapping[str, Any]
     verification: Mapping[str, Any]
-    prefill: str | None = None  # the precision whose decoder reads prompts for others, see `prefill_of`
+    prefill: str | None = None  # the precision that reads pictures and prompts for others, see `prefill_of`
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """The precisions in the order of the export; the first is the default."""
-        return tuple(dict.fromkeys(graph.precision for graph in self.graphs))
+        """The precisions in the order of the export; the first is the default.
+
+        One that only reads for others has no embeddings, and cannot be asked for.
+        """
+        names = dict.fromkeys(graph.precision for graph in self.graphs)
+        whole = {graph.precision for graph in self.graphs if graph.name == EMBED_TOKENS}
+        return tuple(name for name in names if name in whole or name != self.prefill)
 
     def forms(self, precision: str) -> tuple[str, ...]:
         """The forms in which a precision has the decoder; the first is the default."""
@@ -161,7 +166,7 @@ class Manifest:
         return next((tensor.dtype for graph in decoders for tensor in graph.inputs if tensor.name == first), None)
 
     def prefill_of(self, precision: str) -> str | None:
-        """The precision whose decoder reads prompts in this one's place, or None.
+        """The precision that reads pictures and prompts in this one's place, or None.
 
         The cache goes from one to the other, so its type must be equal. Float32 reads its own: it is chosen for being
         exact.
@@ -186,11 +191,21 @@ class Manifest:
         """Bytes of each graph of a variant, data files included; `form` is the decoder's (None: the default)."""
         form = form or next(iter(self.forms(precision)), None)
         sizes = dict.fromkeys(GRAPHS, 0)
+        used: dict[str, list[str | None]] = {
+            VISION_ENCODER: [prefill or self.encoder_of(precision)],
+            EMBED_TOKENS: [precision],
+            DECODER: [precision, prefill],
+        }
         for graph in self.graphs:
-            mine = graph.precision == precision or (graph.precision == prefill and graph.name == DECODER)
-            if mine and (graph.name != DECODER or graph.form == form):
+            if graph.precision in used[graph.name] and (graph.name != DECODER or graph.form == form):
                 sizes[graph.name] += sum(self.files[name].bytes for name in (graph.file, *graph.data))
         return sizes
+
+    def encoder_of(self, precision: str) -> str:
+        """The precision whose vision encoder this one has: its own, or where it has none that of its reader."""
+        have = {graph.precision for graph in self.graphs if graph.name == VISION_ENCODER}
+        reader = self.prefill_of(precision)
+        return reader if reader in have and precision not in have else precision
 
     def to_json(self) -> str:
         """Write the manifest as the text of manifest.json."""
@@ -218,10 +233,11 @@ class Manifest:
             verification=root.object("verification").content,
             prefill=None if content.get("prefill") is None else root.text("prefill"),
         )
-        if manifest.prefill is not None and manifest.prefill not in manifest.precisions:
+        decoders = dict.fromkeys(graph.precision for graph in manifest.graphs if graph.name == DECODER)
+        if manifest.prefill is not None and manifest.prefill not in decoders:
             raise BundleError(
-                f"{MANIFEST}: prefill is {manifest.prefill!r}, but its precisions are "
-                f"{', '.join(manifest.precisions)}; export again"
+                f"{MANIFEST}: prefill is {manifest.prefill!r}, but its decoders are in {', '.join(decoders)}; "
+                "export again"
             )
         return manifest
 

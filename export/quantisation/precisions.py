@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from onnxruntime.quantization import QuantType
 
-from ..contract.bundle import EMBED_TOKENS
+from ..contract.bundle import EMBED_TOKENS, GRAPHS, VISION_ENCODER, Manifest
 from ..graphs.onnx_graph import OnnxGraph
 from ..graphs.parts import EMBEDDINGS, PARTS, part_of
 from ..graphs.tracing import ExportError
@@ -145,8 +145,14 @@ def change_parts(graph: OnnxGraph, methods: Mapping[str, str], activations: Acti
 
 
 def dtype_of(precision: str) -> str:
-    """What transformers.js is asked for to load a precision."""
+    """What transformers.js is asked for to load a graph in a precision."""
     return Q8 if precision == MIXED else precision
+
+
+def dtypes_of(manifest: Manifest, precision: str) -> str | dict[str, str]:
+    """What transformers.js is asked for to load a bundle in a precision: for each graph, where one is another's."""
+    encoder, own = dtype_of(manifest.encoder_of(precision)), dtype_of(precision)
+    return own if encoder == own else {name: encoder if name == VISION_ENCODER else own for name in GRAPHS}
 
 
 def choose_precisions(names: tuple[str, ...] | list[str]) -> list[Precision]:

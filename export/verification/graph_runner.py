@@ -98,7 +98,8 @@ class Greedy:
 class GraphRunner:
     """The three graphs of a bundle in one precision, each result checked against the manifest's promise.
 
-    With `prefill`, the same bundle in another precision, that one's decoder reads whatever is more than a token.
+    With `prefill`, the same bundle in another precision, that one encodes pictures, and its decoder reads whatever is
+    more than a token.
     """
 
     def __init__(self, bundle: Bundle, prefill: Bundle | None = None) -> None:
@@ -121,7 +122,8 @@ class GraphRunner:
 
     def run(self, name: str, inputs: Sequence[Array]) -> list[Array]:
         """Run one graph on inputs in its own order; raises GraphRunError, NamesError, AxesError and ShapeError."""
-        return self._run(self.bundle.graph(name), inputs)
+        bundle = self._prefill if name == VISION_ENCODER else self.bundle
+        return self._run(bundle.graph(name), inputs)
 
     def _run(self, graph: GraphFile, inputs: Sequence[Array]) -> list[Array]:
         feeds = {spec.name: array for spec, array in zip(graph.inputs, inputs, strict=True)}

@@ -20,15 +20,14 @@ Floats = npt.NDArray[np.float32]
 class Decoder:
     """Token embeddings and decoder of a bundle; holds no conversation, so many can share it.
 
-    Where the bundle names another precision for prompts, that one's decoder is in memory too, unless `prefill` is
-    false. Both write the same cache.
+    `reader`, the same bundle in another precision, reads prompts: its decoder is in memory too then, and both write the
+    same cache.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, *, prefill: bool = True) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, reader: Bundle | None = None) -> None:
         self._embed = GraphSession(bundle, EMBED_TOKENS, threads)
         self._decode = _open_decoder(bundle, threads)
-        other = bundle.prefill() if prefill else None
-        self._prefill = self._decode if other is None else _open_decoder(other, threads)
+        self._prefill = self._decode if reader is None else _open_decoder(reader, threads)
         self._cache_shape, self._cache_dtype = bundle.model.cache, bundle.cache_dtype
 
     @property

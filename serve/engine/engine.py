@@ -179,13 +179,14 @@ class Engine:
         self.bundle = bundle
         self.tokenizer = _read_tokenizer(bundle)
         self.settings = _read_settings(bundle)
-        self.encoder = PictureEncoder(bundle, threads)
-        self.decoder = Decoder(bundle, threads, prefill=prefill)
+        reader = bundle.prefill() if prefill else None
+        self.encoder = PictureEncoder(reader or bundle, threads)
+        self.decoder = Decoder(bundle, threads, reader)
         if prefix_memory < 0:
             raise ConversationError(f"prefix_memory is {prefix_memory} MiB, expected 0 (keep nothing) or more")
         folder = None
         if prefix_folder is not None:
-            model = fingerprint(bundle, self.decoder.form, prefill)
+            model = fingerprint(bundle, self.decoder.form, reader or bundle)
             folder = PrefixFolder(Path(prefix_folder), model, bundle.model.cache.past_names())
         kept = PrefixCache(prefix_memory * 2**20, folder)
         self.reader = PromptReader(bundle.model, self.encoder, self.decoder, kept)
@@ -205,9 +206,9 @@ class Engine:
         """Open a bundle folder with `threads` for each graph (None: one a core).
 
         `precision=None` takes the bundle's first: whoever exported it measured them and put the recommended one in
-        front. `prefill=False` does without the second decoder that reads prompts where the bundle names one: less
-        memory. `prefix_memory` MiB hold what was made of pictures, so that the next question about one begins at once;
-        with 0 a prompt is read in one piece, a little faster. `prefix_folder` keeps it in files too, for later
+        front. `prefill=False` does without the other precision that reads pictures and prompts where the bundle names
+        one: less memory. `prefix_memory` MiB hold what was made of pictures, so that the next question about one begins
+        at once; with 0 a prompt is read in one piece, a little faster. `prefix_folder` keeps it in files too, for later
         processes. Raises BundleError, PrefixFolderError.
         """
         bundle = Bundle.open(path, precision)

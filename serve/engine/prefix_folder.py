@@ -78,13 +78,12 @@ class PrefixFolder:
         return self._folder / f"{self._model[:12]}-{key.hex()}.safetensors"
 
 
-def fingerprint(bundle: Bundle, form: str, prefill: bool) -> str:
+def fingerprint(bundle: Bundle, form: str, reader: Bundle) -> str:
     """Return what the values depend on: the files of the graphs that make them, in the form that runs.
 
-    `prefill` says whether prompts are read by the other precision that the bundle names for it.
+    `reader` is the bundle in the precision that reads pictures and prompts.
     """
-    reader = (bundle.prefill() if prefill else None) or bundle
-    graphs = [bundle.graph(VISION_ENCODER), bundle.graph(EMBED_TOKENS), reader.in_form(form).graph(DECODER)]
+    graphs = [reader.graph(VISION_ENCODER), bundle.graph(EMBED_TOKENS), reader.in_form(form).graph(DECODER)]
     files = sorted({file for graph in graphs for file in (graph.file, *graph.data)})
     hashes = {file: bundle.manifest.files[file].sha256 for file in files}
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

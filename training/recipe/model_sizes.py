@@ -26,24 +26,14 @@ from ..models.vlm import ModelError, encoder_config, load_tokenizer, read_config
 from .recipe import ModelRecipe, Recipe, RecipeError, load_recipe
 
 _QWEN = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_SIGHT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 # From the models' own config.json on the hub, so that the shipped recipes are estimated without a network.
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "google/siglip-so400m-patch14-384": {
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "image_size": 384,
-        "patch_size": 14,
-    },
-    "openai/clip-vit-large-patch14-336": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-    },
+    "google/siglip-so400m-patch14-384": dict(zip(_SIGHT, (1152, 4304, 27, 16, 384, 14), strict=True)),
+    "google/siglip2-base-patch16-384": dict(zip(_SIGHT, (768, 3072, 12, 12, 384, 16), strict=True)),
+    "google/siglip2-large-patch16-384": dict(zip(_SIGHT, (1024, 4096, 24, 16, 384, 16), strict=True)),
+    "google/siglip2-so400m-patch16-384": dict(zip(_SIGHT, (1152, 4304, 27, 16, 384, 16), strict=True)),
+    "openai/clip-vit-large-patch14-336": dict(zip(_SIGHT, (1024, 4096, 24, 16, 336, 14), strict=True)),
     "Qwen/Qwen2.5-0.5B-Instruct": dict(zip(_QWEN, (896, 4864, 24, 14, 2), strict=True)),
     "Qwen/Qwen2.5-1.5B-Instruct": dict(zip(_QWEN, (1536, 8960, 28, 12, 2), strict=True)),
     "Qwen/Qwen2.5-3B-Instruct": dict(zip(_QWEN, (2048, 11008, 36, 16, 2), strict=True)),

@@ -19,6 +19,7 @@ from switchkd.export.contract.bundle import (
     FUSED,
     MANIFEST,
     PORTABLE,
+    VISION_ENCODER,
     Bundle,
     BundleError,
     TensorSpec,
@@ -135,11 +136,15 @@ def test_a_decoder_that_never_reads_prompts_is_made_for_single_tokens(bundle: Pa
 
 
 def by_hand(bundle: Path, picture: Image.Image, form: str, reader: str) -> tuple[int, ...]:
-    """The prompt's logits and cache by the `reader`'s decoder, everything else by 4-bit graphs."""
+    """Features, the prompt's logits and cache by the `reader`'s graphs, everything else by 4-bit ones."""
     writing = GraphRunner(Bundle.open(bundle, "q4").in_form(form))
     reading = GraphRunner(Bundle.open(bundle, reader).in_form(form))
     ids = Engine(writing.bundle, threads=1).stream(QUESTION, [picture])._request.prompt
-    embeds_1TD = writing.merge(ids, to_pixels(picture, writing.bundle.preprocessing)[None])
+    both = GraphRunner(writing.bundle, reading.bundle)
+    embeds_1TD = both.merge(ids, to_pixels(picture, writing.bundle.preprocessing)[None])
+    assert np.array_equal(embeds_1TD, writing.merge(ids, to_pixels(picture, writing.bundle.preprocessing)[None])) == (
+        reader == "q4"  # otherwise it would not show who encodes
+    )
     logits_11V, cache = reading.decode(embeds_1TD, reading.empty_cache(), keep=1)
     tokens: list[int] = []
     while len(tokens) < NEW_TOKENS:
@@ -156,15 +161,16 @@ def test_the_engine_reads_with_one_decoder_and_writes_with_another(
 ) -> None:
     opened = Bundle.open(bundle, "q4").in_form(form)
     expected = by_hand(bundle, picture, form, "int8")
-    assert Engine(opened, threads=1).answer(QUESTION, [picture], max_new_tokens=NEW_TOKENS).tokens == expected
+    engine = Engine(opened, threads=1, prefix_memory=0)  # reads a prompt in one piece
+    assert engine.answer(QUESTION, [picture], max_new_tokens=NEW_TOKENS).tokens == expected
     alone = by_hand(bundle, picture, form, "q4")
     assert alone != expected  # otherwise this would show nothing
-    engine = Engine(opened, threads=1, prefill=False)
+    engine = Engine(opened, threads=1, prefill=False, prefix_memory=0)
     assert engine.answer(QUESTION, [picture], max_new_tokens=NEW_TOKENS).tokens == alone
 
 
 def test_the_fused_decoders_are_taken_for_both(bundle: Path, picture: Image.Image) -> None:
-    engine = Engine.open(bundle, threads=1)
+    engine = Engine.open(bundle, threads=1, prefix_memory=0)
     assert (engine.bundle.precision, engine.decoder.form) == ("q4", FUSED)
     answer = engine.answer(QUESTION, [picture], max_new_tokens=NEW_TOKENS)
     assert answer.tokens == by_hand(bundle, picture, FUSED, "int8")
@@ -191,6 +197,8 @@ def test_who_reads_for_whom(bundle: Path) -> None:
     assert variants["q4 after int8"] == Variant("q4", FUSED, "int8")
     sizes = {name: manifest.graph_bytes(*variant)[DECODER] for name, variant in variants.items()}
     assert sizes["q4 after int8"] == sizes["q4 fused"] + sizes["int8 fused"]
+    encoders = {name: manifest.graph_bytes(*variant)[VISION_ENCODER] for name, variant in variants.items()}
+    assert encoders["q4 after int8"] == encoders["int8"] != encoders["q4"]
 
 
 def test_both_together_are_verified(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,10 +206,12 @@ def test_both_together_are_verified(copy: Path, capsys: pytest.CaptureFixture[st
     record = manifest.verification["q4 after int8"]
     # Most of the logits compared are a prompt's.
     assert record["logits"]["relative_rms"] < 0.5 * manifest.verification["q4"]["logits"]["relative_rms"]
-    assert record["image_features"] == manifest.verification["q4"]["image_features"]
+    assert record["image_features"] == manifest.verification["int8"]["image_features"]
     runner = GraphRunner.open(copy, manifest.variants()["q4 after int8"])
     prompt = sample_prompts(runner.bundle)[0]
     reader = GraphRunner.open(copy, manifest.variants()["int8 fused"])
+    assert prompt.pixels_PCHW is not None
+    np.testing.assert_array_equal(runner.encode(prompt.pixels_PCHW), reader.encode(prompt.pixels_PCHW))
     merged_1TD = runner.merge(prompt.ids, prompt.pixels_PCHW)
     rows_R = np.array([3, len(prompt.ids) - 1])
     np.testing.assert_array_equal(runner.logits(merged_1TD, rows_R), reader.logits(merged_1TD, rows_R))
@@ -212,7 +222,7 @@ def test_both_together_are_verified(copy: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("dtype", "reason"),
     [
-        ("fp32,q4", "prefill 'int8' is not among the precisions fp32, q4; add it to them"),
+        ("fp32", "prefill 'int8' is of no use to fp32"),
         ("q4f16,int8", "is of no use to q4f16, int8: it takes another precision with a float32 KV cache"),
         ("fp32,int8", "fp32 reads its own prompts"),
     ],
@@ -228,7 +238,7 @@ def test_a_prefill_that_nobody_could_use_is_refused(
 
 @pytest.mark.parametrize(
     ("prefill", "reason"),
-    [("uint8", "prefill is 'uint8', but its precisions are q4, int8"), (8, "prefill is 8, expected text")],
+    [("uint8", "prefill is 'uint8', but its decoders are in q4, int8"), (8, "prefill is 8, expected text")],
 )
 def test_a_prefill_that_is_not_there_is_refused(copy: Path, prefill: str | int, reason: str) -> None:
     content = json.loads((copy / MANIFEST).read_text())
@@ -247,3 +257,82 @@ def test_the_prefill_graph_is_looked_into_before_it_is_opened(copy: Path) -> Non
     (copy / MANIFEST).write_text(json.dumps(content))
     with pytest.raises(BundleError, match=r"decoder_model_merged_int8\.onnx: uses operators of 'somebody.else'"):
         Bundle.open(copy, "q4")
+
+
+# --- a precision that does nothing but read for another ---
+
+
+@pytest.fixture(scope="module")
+def lean(wide_heads_checkpoint: Path) -> Iterator[Path]:
+    """4 bit alone to be asked for, with what 8 bit needs to read for it."""
+    with tempfile.TemporaryDirectory(prefix="prefill-") as folder:
+        path = Path(folder) / "bundle"
+        words = ["--dtype", "q4", "--prefill", "int8", "--decoder", "fused", "--pairs", "6", "--ort"]
+        assert main(["export", str(wide_heads_checkpoint), str(path), *words]) == 0
+        yield path
+
+
+def test_one_that_only_reads_has_no_embeddings_and_its_encoder_is_the_only_one(lean: Path, bundle: Path) -> None:
+    assert {file.name for file in (lean / "onnx").iterdir()} == {
+        "vision_encoder_int8.onnx",
+        "embed_tokens_q4.onnx",
+        "decoder_model_merged_q4.onnx",
+        "decoder_model_merged_int8.onnx",
+    }
+    manifest = Bundle.open(lean, check_hashes=True).manifest
+    assert (manifest.precisions, manifest.prefill) == (("q4",), "int8")
+    assert list(manifest.variants()) == list(manifest.verification) == ["q4", "q4 after int8"]
+    with pytest.raises(BundleError, match="holds no graphs in 'int8', only q4"):
+        Bundle.open(lean, "int8")
+    larger = Bundle.open(bundle).manifest
+    assert manifest.graph_bytes("q4", FUSED, "int8") == larger.graph_bytes("q4", FUSED, "int8")
+    assert manifest.graph_bytes("q4")[VISION_ENCODER] == larger.graph_bytes("int8")[VISION_ENCODER]
+
+
+def test_it_answers_as_the_whole_bundle_does(lean: Path, bundle: Path, picture: Image.Image) -> None:
+    engine = Engine.open(lean, threads=1, prefix_memory=0)
+    answer = engine.answer(QUESTION, [picture], max_new_tokens=NEW_TOKENS)
+    assert answer.tokens == by_hand(bundle, picture, FUSED, "int8")
+    light = Engine.open(lean, threads=1, prefill=False, prefix_memory=0)  # of both only the encoder
+    features_ND = light.encoder.encode(light.encoder.open(picture))
+    np.testing.assert_array_equal(features_ND, engine.encoder.encode(engine.encoder.open(picture)))
+    assert light.answer(QUESTION, [picture], max_new_tokens=NEW_TOKENS).tokens != answer.tokens
+
+
+def test_all_its_files_are_verified(lean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(lean)]) == 0
+    out = capsys.readouterr().out
+    assert "q4 after int8: 14 runs in order" in out
+    copied = Path(shutil.copytree(lean, tmp_path / "bundle"))
+    file = copied / "ort" / "decoder_model_merged_int8.ort"
+    shutil.copyfile(copied / "ort" / "decoder_model_merged_q4.ort", file)  # another graph in the reader's place
+    content = json.loads((copied / MANIFEST).read_text())
+    facts = content["files"]["ort/decoder_model_merged_q4.ort"]
+    content["files"]["ort/decoder_model_merged_int8.ort"] = facts
+    (copied / MANIFEST).write_text(json.dumps(content))
+    assert main(["verify", str(copied)]) == 2
+    assert "decoder_model_merged" in capsys.readouterr().err
+
+
+def test_browsers_are_told_which_precision_each_graph_has(lean: Path, bundle: Path) -> None:
+    said = json.loads((lean / "config.json").read_text())["transformers.js_config"]["dtype"]
+    assert said == {"vision_encoder": "int8", "embed_tokens": "q4", "decoder_model_merged": "q4"}
+    assert json.loads((bundle / "config.json").read_text())["transformers.js_config"]["dtype"] == "q4"
+    card = (lean / "README.md").read_text()
+    assert f"{{ dtype: {json.dumps(said)} }}" in card
+
+
+@pytest.mark.parametrize(
+    ("prefill", "reason"),
+    [
+        ("mixed", "prefill 'mixed': a mix reads for others only where it is among --dtype; add it there"),
+        ("int7", "precision 'int7' is unknown"),
+    ],
+)
+def test_a_reader_that_cannot_be_made_is_refused(
+    wide_heads_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], prefill: str, reason: str
+) -> None:
+    words = ["export", str(wide_heads_checkpoint), str(tmp_path / "bundle"), "--dtype", "q4", "--prefill", prefill]
+    assert main(words) == 2
+    assert reason in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
