@@ -169,19 +169,20 @@ def test_node_answers_with_pooled_pictures(ldpv2_checkpoint: Path, picture: Path
 
 @pytest.fixture(scope="module")
 def fused(wide_heads_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle whose one decoder is the fused one."""
+    """A bundle whose one decoder is the fused one; the default has the vision encoder of another precision."""
     bundle = tmp_path_factory.mktemp("fused") / "bundle"
-    export_checkpoint(wide_heads_checkpoint, bundle, precisions=["fp32", "q4"], decoder="fused", pairs=6)
+    precisions = ["q4", "fp32"]
+    export_checkpoint(wide_heads_checkpoint, bundle, precisions=precisions, prefill="int8", decoder="fused", pairs=6)
     return bundle
 
 
-@pytest.mark.parametrize("precision", ["fp32", "q4"])
+@pytest.mark.parametrize("dtype", ["fp32", None])
 def test_node_answers_with_the_fused_decoder(
-    fused: Path, wide_heads_checkpoint: Path, picture: Path, precision: str
+    fused: Path, wide_heads_checkpoint: Path, picture: Path, dtype: str | None
 ) -> None:
-    got = in_node(fused, precision, picture)
-    assert got["answer"] == by_onnxruntime(Bundle.open(fused, precision), picture, got["prompt"])
-    if precision == "fp32":
+    got = in_node(fused, dtype, picture)
+    assert got["answer"] == by_onnxruntime(Bundle.open(fused, dtype), picture, got["prompt"])
+    if dtype == "fp32":
         model = LlavaForConditionalGeneration.from_pretrained(wide_heads_checkpoint)
         pixels = to_pixels(Image.open(picture), Bundle.open(fused).preprocessing)[None]
         assert got["answer"] == TorchReference(model, [2]).greedy(got["prompt"], pixels, NEW_TOKENS).tokens
@@ -216,7 +217,7 @@ def test_the_browser_runs_the_operators_of_every_precision(others: Path, picture
 @needs_browser
 def test_the_browser_answers_with_the_fused_decoder(fused: Path, picture: Path) -> None:
     got = in_browser(fused, "fp32", picture)
-    assert got["answer"] == by_onnxruntime(Bundle.open(fused), picture, got["prompt"])
+    assert got["answer"] == by_onnxruntime(Bundle.open(fused, "fp32"), picture, got["prompt"])
 
 
 @needs_browser
