@@ -150,7 +150,7 @@ def _close(writer: Any) -> None:
 
 
 def answer(program: list[str], picture: str, words: int, most: int) -> tuple[dict[str, Any], float]:
-    """Run the program on a picture and a question of so many words; returns the seconds that it tells, and all others."""
+    """Run the program on a picture and a question of so many words; returns what it tells, and its other seconds."""
     question = "a" + " a" * (words - 1)  # the template has tokens of its own; how many there are is reported
     start = time.perf_counter()
     ran = subprocess.run(
