@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from switchkd.serve import Sampling, SamplingError
-from switchkd.serve.engine.sampling import Sampler, token_logprob
+from switchkd.serve.engine.sampling import Sampler, _nucleus, token_logprob
 
 LOGITS = np.log(np.array([0.5, 0.1, 0.3, 0.07, 0.03], dtype=np.float32))
 
@@ -33,6 +33,28 @@ def test_nucleus_keeps_the_likeliest_tokens_that_reach_top_p() -> None:
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("top_p", [0.001, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+@pytest.mark.parametrize("vocabulary", [3, 300, 5000])
+def test_a_nucleus_is_that_of_the_whole_vocabulary_sorted(vocabulary: int, spread: float, top_p: float) -> None:
+    """Many tokens are equally likely here, as quantised ones are: of those the first come first."""
+    logits_V = np.round(np.random.default_rng(0).standard_normal(vocabulary) * spread, 1)
+    probability_V = np.exp(logits_V) / np.exp(logits_V).sum()
+    order = sorted(range(vocabulary), key=lambda token: (-probability_V[token], token))
+    expected, reached = [], 0.0
+    for token in order:
+        if reached >= top_p:
+            break
+        expected.append(token)
+        reached += probability_V[token]
+    assert abs(len(_nucleus(probability_V, top_p)) - len(expected)) <= 1  # sums in another order, in the last digit
+    assert _nucleus(probability_V, top_p)[: len(expected) - 1].tolist() == expected[:-1]
+
+
+def test_without_a_nucleus_every_possible_token_can_come() -> None:
+    assert _nucleus(np.array([0.25, 0.0, 0.5, 0.25]), 1.0).tolist() == [0, 2, 3]
+
+
 def test_a_tiny_nucleus_and_a_tiny_temperature_are_greedy() -> None:
     assert shares(Sampling(5.0, top_p=1e-9, seed=1), 50)[0] == 1
     assert shares(Sampling(1e-6, seed=1), 50)[0] == 1
