@@ -58,7 +58,7 @@ class Decoder:
             NUM_LOGITS_TO_KEEP: np.array(1),
         }
         feeds = {name: session.value(name, array) for name, array in arrays.items() if session.takes(name)}
-        outputs = session.run({**feeds, **cache.inputs}, cache.outputs)
+        outputs = session.run({**feeds, **cache.inputs}, cache.outputs, give_back=new > 1)
         cache.advance(outputs, new)
         logits_V: Floats = outputs["logits"].numpy()[0, -1].astype(np.float32)
         return logits_V

@@ -25,6 +25,10 @@ _UNUSABLE = (
 )
 
 
+_GIVE_BACK = onnxruntime.RunOptions()
+_GIVE_BACK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+
+
 class MissingOperatorError(BundleError):
     """A graph with an operator that this build of onnxruntime does not have."""
 
@@ -68,14 +72,20 @@ class GraphSession:
         return value
 
     def run(
-        self, inputs: Mapping[str, OrtValue], outputs: Mapping[str, OrtValue] = MappingProxyType({})
+        self,
+        inputs: Mapping[str, OrtValue],
+        outputs: Mapping[str, OrtValue] = MappingProxyType({}),
+        *,
+        give_back: bool = False,
     ) -> dict[str, OrtValue]:
         """Run the graph; the results are onnxruntime's own memory and can go back in without a copy.
 
         Those of `outputs` are written there instead, which may be the memory of an input where the operators allow it.
+        With `give_back` what the run took in between is not kept for the next one, but goes back to the system.
         """
+        options = _GIVE_BACK if give_back else None
         if not outputs:
-            results = self._session.run_with_ort_values(list(self.outputs), dict(inputs))
+            results = self._session.run_with_ort_values(list(self.outputs), dict(inputs), options)
             return dict(zip(self.outputs, results, strict=True))
         binding = self._session.io_binding()
         for name, value in inputs.items():
@@ -85,5 +95,5 @@ class GraphSession:
                 binding.bind_ortvalue_output(name, outputs[name])
             else:
                 binding.bind_output(name)
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, options)
         return dict(zip(self.outputs, binding.get_outputs(), strict=True))

@@ -51,7 +51,9 @@ class PictureEncoder:
             if key in self._known:
                 self._known.move_to_end(key)
                 return self._known[key]
-        results = self._session.run({"pixel_values": self._session.value("pixel_values", picture.pixels_CHW[None])})
+        pixels = self._session.value("pixel_values", picture.pixels_CHW[None])
+        # Between pictures its hundreds of megabytes are the decoder's, which never computes at the same time.
+        results = self._session.run({"pixel_values": pixels}, give_back=True)
         features_ND: Features = results["image_features"].numpy()[0].astype(np.float32)
         with self._lock:
             self._known[key] = features_ND
