@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .dbild import shared_prefix
+from .finite import check_logits
 from .knee import accumulable
 from .objective import Objective, Pictures, Positions, Terms, Widths
 from .sft import check_weight, summed_cross_entropy
@@ -66,6 +67,7 @@ class AlignKd(Objective):
         """Return "loss" and the unweighted sums "ce" and "logits"."""
         assert positions.teacher_NV is not None
         teacher_NV, student_NV = map(accumulable, shared_prefix(positions.teacher_NV, positions.student_NV))
+        check_logits(teacher_NV, student_NV)
         logits = -(teacher_NV.softmax(1) * student_NV.log_softmax(1)).sum()
         ce = summed_cross_entropy(positions, 1.0)
         return {"loss": self.lambda_ce * ce + self.lambda_logits * logits, "ce": ce.detach(), "logits": logits.detach()}

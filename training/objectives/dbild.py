@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .knee import Leaders, accumulable, knee_k, rank, refuse_non_finite
+from .finite import refuse_non_finite
+from .knee import Leaders, accumulable, knee_k, rank
 
 __all__ = ["DbildRows", "Direction", "Leaders", "LedBy", "Reduction", "dbild", "knee_k", "pair_kl", "rank"]
 

@@ -37,6 +37,28 @@ def before_the_update(step: int) -> Iterator[None]:
         ) from None
 
 
+def refuse_non_finite(logits_NV: Tensor, first_row: int = 0, *, so: str = "it has no knee") -> None:
+    """Raise NonFiniteError naming the first row that holds NaN or inf; `first_row` is the number of the first."""
+    # NaN and inf never leave a sum. Large finite logits can overflow it, so a bad sum only asks for a closer look.
+    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+    if logits_NV.numel() == 0 or bool(logits_NV.detach().sum(dtype=dtype).isfinite()):
+        return
+    bad_N = logits_NV.isfinite().logical_not().sum(1)
+    if bool(bad_N.any()):
+        row = int(bad_N.nonzero()[0, 0])
+        raise NonFiniteError(
+            f"row {first_row + row} has {int(bad_N[row])} logits that are NaN or inf, so {so}; look for a too high "
+            "learning rate or fp16 overflow, and leave tokens out by cutting the vocabulary, not by -inf"
+        )
+
+
+def check_logits(teacher_NV: Tensor, student_NV: Tensor) -> None:
+    """Raise NonFiniteError naming whose logits, and the first row of them, where one is NaN or infinite."""
+    for whose, logits_NV in (("teacher", teacher_NV), ("student", student_NV)):
+        with naming(f"the {whose}'s logits"):
+            refuse_non_finite(logits_NV, so="it is no distribution")
+
+
 def check_terms(loss: Tensor, terms: Mapping[str, Tensor]) -> None:
     """Raise NonFiniteError if the loss or a term, each 0-dim, is NaN or infinite; waits for the device once."""
     values = {**terms, "loss": loss}

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from .dbild import Direction, check_settings, shared_prefix
+from .finite import check_logits
 from .knee import accumulable
 from .objective import Objective, Positions, Terms
 from .sft import check_weight, summed_cross_entropy
@@ -46,9 +47,10 @@ class Kd(Objective):
 def kl_per_position(teacher_NV: Tensor, student_NV: Tensor, temperature: float, direction: Direction) -> Tensor:
     """Return [N]: KL(teacher ‖ student) of softmax(z/τ) for `forward`, KL(student ‖ teacher) for `reverse`.
 
-    Over the tokens that both have, in float32 (float64 for float64 logits).
+    Over the tokens that both have, in float32 (float64 for float64 logits). Raises NonFiniteError naming the row.
     """
     both = shared_prefix(teacher_NV, student_NV)
+    check_logits(*both)
     log_p_NV, log_q_NV = ((accumulable(z_NV) / temperature).log_softmax(1) for z_NV in both)
     if direction == "reverse":
         log_p_NV, log_q_NV = log_q_NV, log_p_NV

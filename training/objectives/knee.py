@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import knee_cpu
-from .finite import NonFiniteError
+from .finite import refuse_non_finite
 from .knee_cpu import DENSE, first_lowest
 
 # Up to this vocabulary sorting a whole row costs no more than the search for a floor (CPU, measured).
@@ -154,21 +154,6 @@ def _sorted_from(logits_NV: Tensor, floor_N1: Tensor) -> tuple[Tensor, Tensor]:
     ordered = values_NS.sort(dim=1, descending=True, stable=True)
     padding_NS = torch.arange(width, device=count_N.device) >= count_N[:, None]
     return ordered.values.masked_fill_(padding_NS, torch.inf), ids_NS.gather(1, ordered.indices)
-
-
-def refuse_non_finite(logits_NV: Tensor, first_row: int = 0) -> None:
-    """Raise NonFiniteError naming the first row that holds NaN or inf; `first_row` is the number of the first."""
-    # NaN and inf never leave a sum. Large finite logits can overflow it, so a bad sum only asks for a closer look.
-    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
-    if logits_NV.numel() == 0 or bool(logits_NV.detach().sum(dtype=dtype).isfinite()):
-        return
-    bad_N = logits_NV.isfinite().logical_not().sum(1)
-    if bool(bad_N.any()):
-        row = int(bad_N.nonzero()[0, 0])
-        raise NonFiniteError(
-            f"row {first_row + row} has {int(bad_N[row])} logits that are NaN or inf, so it has no knee; look for a "
-            "too high learning rate or fp16 overflow, and leave tokens out by cutting the vocabulary, not by -inf"
-        )
 
 
 def _floor_of_top(logits_NV: Tensor, window: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Every objective against its formula, and the choice of one by name."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn.functional import one_hot
 
 from switchkd.training.objectives import OBJECTIVES, Positions, build_objective
 from switchkd.training.objectives.dbild import dbild
+from switchkd.training.objectives.finite import NonFiniteError
 from switchkd.training.objectives.spread import BINS, COUNTS
 
 ROWS, WITH_PICTURE, OURS, THEIRS = 7, 4, 31, 33
@@ -207,3 +209,24 @@ def test_sums_add_up_over_positions_and_none_give_zero(name: str, dtype: torch.d
 def test_wrong_names_and_settings_are_refused(name: str, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         build_objective(name, **settings)
+
+
+@pytest.mark.parametrize("whose", ["teacher", "student"])
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("name", ["kd", "bild", "llava_kd", "align_kd", "switch_kd"])
+def test_logits_that_are_not_finite_are_named_by_their_row(name: str, number: float, whose: str) -> None:
+    positions = make_positions()
+    broken_NV = (positions.student_NV if whose == "student" else positions.teacher_NV).detach().clone()  # type: ignore[union-attr]
+    broken_NV[5, 3] = broken_NV[6, 2] = number
+    with pytest.raises(NonFiniteError, match="row 5 has 1 logits that are NaN or inf") as found:
+        build_objective(name)(replace(positions, **{f"{whose}_NV": broken_NV}))
+    if name in ("kd", "llava_kd", "align_kd"):
+        assert str(found.value).startswith(f"the {whose}'s logits: row 5")
+
+
+def test_logits_at_visual_tokens_that_are_not_finite_are_named() -> None:
+    positions = make_positions()
+    assert positions.teacher_NV is not None
+    positions.teacher_NV[2, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match=r"visual tokens: the teacher's logits: row 2 has 1 logits"):
+        build_objective("llava_kd").at_visual_positions(positions.student_NV, positions.teacher_NV, torch.ones(ROWS))
