@@ -36,6 +36,7 @@ def make_llava(
     strategy: Literal["full", "default"] = "full",
     feature_layer: int | list[int] = -2,
     tied: bool = True,
+    text_config: Callable[..., Any] = Qwen2Config,
 ) -> LlavaForConditionalGeneration:
     """A LLaVA of 12x12 pictures (4 visual tokens) in float64, so that comparisons can be tight."""
     vision: dict[str, Any] = {
@@ -46,7 +47,7 @@ def make_llava(
         "image_size": image_size,
         "patch_size": patch,
     }
-    text = Qwen2Config(
+    text = text_config(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=24,

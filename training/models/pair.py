@@ -8,6 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..objectives import Objective, Widths
 from .pathway import features_width
+from .picture_views import check_attention
 from .switch import check_pair
 
 
@@ -42,6 +43,9 @@ class StudentTeacher(nn.Module):
                 adapter="encoder" in self.adapters,
                 same_tokens=objective.needs_visual_logits or objective.needs_pictures,
             )
+            if objective.needs_attention:
+                for model in (student, self.teacher):
+                    check_attention(model)
             self.teacher.requires_grad_(False).eval()
             if "encoder" in self.adapters and not self.encoder_trains():
                 self.adapters["encoder"].requires_grad_(False)  # the switch pass will not be run

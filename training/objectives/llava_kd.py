@@ -6,15 +6,19 @@ Shapes: P pictures, L visual tokens of a picture, D width, N positions, V vocabu
 """
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
 from .dbild import Direction, check_settings
+from .finite import naming
 from .kd import kl_per_position
 from .knee import accumulable
 from .objective import Objective, Pictures, Positions, Terms
 from .sft import check_weight, summed_cross_entropy
+
+RelationOf = Literal["language_model", "projector"]
 
 
 @dataclass(frozen=True)
@@ -22,14 +26,16 @@ class LlavaKd(Objective):
     """λ_ce·CE + λ_kd·KL at answer tokens + λ_visual·KL at visual tokens + λ_relation·(1 − cos of Gram matrices).
 
     The weights are the paper's; its public code has lambda_relation 1. A picture's KL is the mean over its L visual
-    tokens; its Gram matrix is that of the cosines between the tokens its projector gives. `forward` is KL(teacher ‖
-    student), as the paper writes it.
+    tokens; its Gram matrix is that of the cosines between its visual tokens as the language model leaves them, or with
+    `relation_of: projector` as it is given them, where the language model learns nothing from it. `forward` is
+    KL(teacher ‖ student), as the paper writes it.
     """
 
     lambda_ce: float = 1.0
     lambda_kd: float = 1.0
     lambda_visual: float = 1.0
     lambda_relation: float = 0.5
+    relation_of: RelationOf = "language_model"
     temperature: float = 1.0
     direction: Direction = "forward"
 
@@ -37,6 +43,11 @@ class LlavaKd(Objective):
         check_settings(self.temperature, None, 3, None, self.direction, "both")
         for name in ("lambda_ce", "lambda_kd", "lambda_visual", "lambda_relation"):
             check_weight(name, getattr(self, name))
+        if self.relation_of not in get_args(RelationOf):
+            raise ValueError(
+                f"relation_of is {self.relation_of!r}; choose from {', '.join(get_args(RelationOf))}: whose visual "
+                "tokens are related"
+            )
 
     @property
     def needs_teacher(self) -> bool:
@@ -62,12 +73,16 @@ class LlavaKd(Objective):
 
     def at_visual_positions(self, student_NV: Tensor, teacher_NV: Tensor, weight_N: Tensor) -> Terms:
         """Return "loss" and the unweighted sum "visual_kd"."""
-        kd = (self._kl(student_NV, teacher_NV) * weight_N).sum()
+        with naming("visual tokens"):
+            kd = (self._kl(student_NV, teacher_NV) * weight_N).sum()
         return {"loss": self.lambda_visual * kd, "visual_kd": kd.detach()}
 
     def on_pictures(self, pictures: Pictures, adapters: nn.ModuleDict) -> Terms:
         """Return "loss" and the unweighted sum "relation"."""
-        ours, theirs = (relations(view.tokens_PLD) for view in (pictures.student, pictures.teacher))
+        ours, theirs = (
+            relations(view.tokens_PLD if self.relation_of == "projector" else view.states_PLD)
+            for view in (pictures.student, pictures.teacher)
+        )
         relation = ((1 - cosine_similarity(ours.flatten(1), theirs.flatten(1))) * pictures.weight_P).sum()
         return {"loss": self.lambda_relation * relation, "relation": relation.detach()}
 

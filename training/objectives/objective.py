@@ -28,12 +28,14 @@ class Positions:
 
 @dataclass(frozen=True)
 class PictureView:
-    """What one model makes of each picture: the tokens its projector gives, and the first layer's attention to them.
+    """What one model makes of each picture: its visual tokens, and the first layer's attention to them.
 
+    `tokens_PLD` are the projector's, `states_PLD` the language model's last hidden states in their places.
     `attention_PHTL` is there if the objective `needs_attention`: of every query of the picture's row to its L tokens.
     """
 
     tokens_PLD: Tensor
+    states_PLD: Tensor
     attention_PHTL: Tensor | None = None
 
 

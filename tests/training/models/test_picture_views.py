@@ -1,11 +1,13 @@
 """Objectives that look at pictures: what they are shown, and what they say of it, against plain formulas."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GemmaConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 from switchkd.training.models.distillation import Distillation
 from switchkd.training.models.pathway import embed, visual_features, visual_tokens
@@ -33,6 +35,13 @@ def outputs(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tenso
     return result.logits, tokens_PLD, result.attentions[0]
 
 
+def last_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The language model's last hidden states [B, T, D], behind its norm, by plain transformers."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    states_BTD: Tensor = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    return states_BTD
+
+
 def by_picture(batch: dict[str, Tensor]) -> list[tuple[int, Tensor, float]]:
     """Each picture's row, the places of its visual tokens, and the supervised positions it stands for."""
     found = []
@@ -50,9 +59,13 @@ def cross_entropies(module: Distillation, batch: dict[str, Tensor]) -> tuple[Ten
     return -ours.log_softmax(1).gather(1, batch["labels"][:, 1:][wanted][:, None]).sum(), ours, theirs.detach()
 
 
-def test_first_attention_is_that_of_transformers(llava: Make, batch: Make) -> None:
+@pytest.mark.parametrize("text_config", [Qwen2Config, LlamaConfig, Qwen3Config])
+def test_first_attention_is_that_of_transformers(llava: Make, batch: Make, text_config: Any) -> None:
     for settings in ({}, {"width": 24, "heads": 4}):
-        model, inputs = llava(0, **settings).eval(), batch(0, PICTURES)
+        model, inputs = llava(0, text_config=text_config, **settings).eval(), batch(0, PICTURES)
+        for name, parameter in model.model.language_model.named_parameters():
+            if "norm" in name:  # ones and zeros would hide a norm that is left out
+                nn.init.uniform_(parameter, 0.5, 2)
         tokens = visual_tokens(model, visual_features(model, inputs["pixel_values"]))
         embeds = embed(model, inputs["input_ids"], tokens)
         got = first_attention(model, embeds, inputs["attention_mask"])
@@ -63,10 +76,28 @@ def test_first_attention_is_that_of_transformers(llava: Make, batch: Make) -> No
         )
 
 
+@pytest.mark.parametrize(
+    ("text_config", "words"),
+    [
+        (GemmaConfig, "GemmaAttention; known are LlamaAttention"),
+        (
+            partial(Qwen2Config, use_sliding_window=True, sliding_window=5, max_window_layers=0),
+            "Qwen2Attention with a sliding window of 5",
+        ),
+    ],
+)
+def test_another_kind_of_attention_is_refused(llava: Make, text_config: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Distillation(llava(0, text_config=text_config), llava(1), build_objective("align_kd"))
+    off = {"lambda_attention": 0.0, "lambda_visual": 0.0}
+    Distillation(llava(0, text_config=text_config), llava(1), build_objective("align_kd", **off))
+
+
+@pytest.mark.parametrize("relation_of", ["language_model", "projector"])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_llava_kd(llava: Make, batch: Make, direction: str) -> None:
+def test_llava_kd(llava: Make, batch: Make, direction: str, relation_of: str) -> None:
     weights = {"lambda_ce": 0.5, "lambda_kd": 2.0, "lambda_visual": 3.0, "lambda_relation": 0.7}
-    module = pair(llava, "llava_kd", direction=direction, temperature=2.0, **weights)
+    module = pair(llava, "llava_kd", direction=direction, temperature=2.0, relation_of=relation_of, **weights)
     inputs = batch(0, PICTURES)
     got = module(**inputs)
 
@@ -82,13 +113,29 @@ def test_llava_kd(llava: Make, batch: Make, direction: str) -> None:
     visual = relation = torch.zeros((), dtype=torch.float64)
     for number, (row, places, weight) in enumerate(by_picture(inputs)):
         visual = visual + weight * kl(our_logits[row, places][:, :OURS], their_logits[row, places][:, :OURS]).mean()
-        ours_P, theirs_P = (t[number] / t[number].norm(dim=-1, keepdim=True) for t in (our_tokens, their_tokens))
+        if relation_of == "projector":
+            tokens = our_tokens[number], their_tokens[number]
+        else:
+            ours_BTD, theirs_BTD = (last_states(model, inputs) for model in (module.student, module.teacher))
+            tokens = ours_BTD[row, places], theirs_BTD[row, places]
+        ours_P, theirs_P = (token / token.norm(dim=-1, keepdim=True) for token in tokens)
         r, s = (ours_P @ ours_P.mT).flatten(), (theirs_P @ theirs_P.mT).flatten()
         relation = relation + weight * (1 - (r @ s) / (r.norm() * s.norm()))
     expected = 0.5 * ce + 2 * kl(ours, theirs).sum() + 3 * visual + 0.7 * relation
     torch.testing.assert_close(got["loss"], expected / len(ours), rtol=1e-5, atol=0)
     torch.testing.assert_close(got["terms"]["visual_kd"], visual.detach() / len(ours), rtol=1e-5, atol=0)
     torch.testing.assert_close(got["terms"]["relation"], relation.detach() / len(ours), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("relation_of", "learns"), [("language_model", True), ("projector", False)])
+def test_the_relation_reaches_the_language_model(llava: Make, batch: Make, relation_of: str, learns: bool) -> None:
+    off = dict.fromkeys(("lambda_ce", "lambda_kd", "lambda_visual"), 0.0)
+    module = pair(llava, "llava_kd", relation_of=relation_of, **off)
+    module(**batch(0, PICTURES))["loss"].backward()
+    layers = module.student.model.language_model.layers
+    assert learns == any(p.grad is not None and bool(p.grad.any()) for p in layers.parameters())
+    projector = module.student.model.multi_modal_projector
+    assert all(p.grad is not None and p.grad.any() for p in projector.parameters())
 
 
 def test_align_kd(llava: Make, batch: Make) -> None:
@@ -154,6 +201,7 @@ def test_text_alone_and_unequal_tokens(llava: Make, batch: Make, name: str) -> N
     [
         ({"name": "llava_kd", "lambda_visual": -1.0}, "lambda_visual is -1.0"),
         ({"name": "llava_kd", "temperature": 0.0}, "temperature is 0.0"),
+        ({"name": "llava_kd", "relation_of": "encoder"}, "relation_of is 'encoder'; choose from language_model, proj"),
         ({"name": "align_kd", "top_tokens": 0}, "top_tokens is 0"),
         ({"name": "align_kd", "lambda_atention": 1.0}, "did you mean 'lambda_attention'"),
     ],
