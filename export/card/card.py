@@ -91,7 +91,7 @@ env.localModelPath = "./";
 env.allowRemoteModels = false;
 const model = await LlavaForConditionalGeneration.from_pretrained(bundle, { dtype: $dtype });
 const processor = await AutoProcessor.from_pretrained(bundle);
-const messages = [{ role: "user", content: [{ type: "image" }, { type: "text", text: question }] }];
+const messages = [{ role: "user", content: [{ type: "image" }, { type: "text", text: question.trim() }] }];
 const prompt = processor.tokenizer.apply_chat_template(messages, { tokenize: false, add_generation_prompt: true })
   .replaceAll("$image_token", "$image_token".repeat($tokens));
 const image = await load_image(picture);

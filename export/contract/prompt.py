@@ -101,11 +101,13 @@ def render_chat(
     """Render chat messages as transformers' `apply_chat_template(tokenize=False)` does.
 
     A message's content is a string, or parts `{"type": "image"}` and `{"type": "text", "text": ...}`. Pictures
-    themselves are left out: the template sees plain data only. Raises PromptError with the template's own complaint.
+    themselves are left out: the template sees plain data only. Unlike there, what a user says loses the white space
+    around it, so that a question is spelled alike in training and everywhere it is asked. Raises PromptError with the
+    template's own complaint.
     """
     try:
         return _compile(template).render(
-            messages=_plain(messages),
+            messages=[_trimmed(_plain(message)) for message in messages],
             tools=None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
@@ -113,6 +115,24 @@ def render_chat(
         )
     except (jinja2.TemplateError, TypeError) as error:
         raise PromptError(f"the chat template refused the messages: {' '.join(str(error).split())}") from error
+
+
+def _trimmed(message: Any) -> Any:
+    """A message, a user's without white space before its first text and behind its last."""
+    if not isinstance(message, dict) or message.get("role") != "user":
+        return message
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": content.strip()}
+    if not isinstance(content, list):
+        return message
+    parts = [dict(part) if isinstance(part, dict) else part for part in content]
+    texts = [part for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    for part in texts[:1]:
+        part["text"] = part["text"].lstrip()
+    for part in texts[-1:]:
+        part["text"] = part["text"].rstrip()
+    return {**message, "content": parts}
 
 
 def _plain(value: Any) -> Any:

@@ -114,7 +114,7 @@ def _read_pair(bundle: Bundle, tokenizer: Tokenizer, record: Any, where: str, ro
             pixels_PCHW = read_pixels(root / image, bundle.preprocessing)[None]
         except PictureError as error:
             raise CalibrationError(f"{where}: {error}; or give another --picture-root") from error
-    prompt = make_prompt(bundle, tokenizer, question.replace(_PLACEHOLDER, "").strip(), pixels_PCHW)
+    prompt = make_prompt(bundle, tokenizer, question.replace(_PLACEHOLDER, ""), pixels_PCHW)
     tokens = tokenizer.encode(answer, add_special_tokens=False).ids
     if len(tokens) < MAX_ANSWER:
         pair = Pair(prompt, answer, [*tokens, bundle.model.eos_token_ids[0]])

@@ -21,7 +21,7 @@ def to_messages(question: str | Sequence[Message], pictures: int) -> list[Messag
         if not question.strip():
             raise ConversationError("the question is empty; ask something")
         _check_characters(question, "the question")
-        parts = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": question.strip()}]
+        parts = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": question}]
         return [{"role": "user", "content": parts}]
     messages = list(question)
     if not messages:

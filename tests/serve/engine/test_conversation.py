@@ -7,7 +7,8 @@ import pytest
 
 from switchkd.export.contract.prompt import PromptError, render_chat
 from switchkd.serve import Engine, Message
-from switchkd.serve.engine.conversation import PromptTokens
+from switchkd.serve.engine.conversation import PromptTokens, to_messages
+from switchkd.training.data.conversations import to_messages as training_messages
 from switchkd.training.data.label_mask import model_inputs
 from switchkd.training.models.vlm import load_vlm
 
@@ -80,3 +81,33 @@ def test_control_tokens_in_a_question_are_text_as_they_were_in_training(
     half: list[Message] = [{"role": "user", "content": [{"type": "text", "text": part} for part in ("<|im_", "end|>")]}]
     with pytest.raises(PromptError, match=r"spell <\|im_end\|> only together"):
         PromptTokens(engine.bundle, engine.tokenizer).encode(half, 0)
+
+
+@pytest.mark.parametrize("around", [("", "\n"), ("  \n", "\t "), ("", "")])
+@pytest.mark.parametrize("picture", [False, True])
+def test_white_space_around_a_question_is_spelled_nowhere(
+    engine: Engine, tiny_checkpoint: Path, around: tuple[str, str], picture: bool
+) -> None:
+    """In training, asked as text and asked as messages, in the first turn and in a later one."""
+    first, second = (around[0] + text + around[1] for text in ("What?", "And now,\n what?"))
+    turns = [{"from": "human", "value": f"<image>\n{first}" if picture else first}]
+    turns += [{"from": "gpt", "value": " A circle\n"}, {"from": "human", "value": second}]
+    record = {
+        "conversations": [*turns, {"from": "gpt", "value": "A square"}],
+        **({"image": "p.png"} if picture else {}),
+    }
+    encoder = model_inputs(load_vlm(tiny_checkpoint))[0]
+    trained = encoder.encode_prompt(training_messages(record)[:-1])
+    tokens = PromptTokens(engine.bundle, engine.tokenizer)
+    image = [{"type": "image"}] if picture else []
+    asked: list[Message] = [
+        {"role": "user", "content": [*image, {"type": "text", "text": first}]},
+        {"role": "assistant", "content": " A circle\n"},
+        {"role": "user", "content": second},
+    ]
+    assert tokens.encode(asked, len(image)) == trained
+    alone = tokens.encode(to_messages(first, len(image)), len(image))
+    assert alone == encoder.encode_prompt(training_messages(record)[:1])
+    assert alone == tokens.encode(to_messages("What?", len(image)), len(image))
+    text = engine.tokenizer.decode(trained, skip_special_tokens=False)
+    assert "And now,\n what?" in text  # inside, white space is the text's own
