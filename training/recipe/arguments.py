@@ -65,6 +65,17 @@ def plain_arguments(training: dict[str, Any], work: Path) -> TrainingArguments:
     return arguments
 
 
+def idle_gpus() -> str | None:
+    """What to tell somebody whose one process leaves GPUs without work; None where it does not."""
+    count = torch.cuda.device_count()
+    if "WORLD_SIZE" in os.environ or count < 2:
+        return None
+    return (
+        f"note: {count} GPUs are there and one process takes one of them; all of them: "
+        f"torchrun --nproc_per_node {count} -m switchkd.cli.main ..."
+    )
+
+
 def _without_gpu(given: dict[str, Any]) -> dict[str, Any]:
     """What lets processes of a launcher meet over gloo where there is no GPU; on its own each would train alone."""
     if "WORLD_SIZE" not in os.environ or torch.accelerator.is_available():

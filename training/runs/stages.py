@@ -23,7 +23,7 @@ from ..data.sampler import step_batch
 from ..data.stage_data import LostSamples, on_one_rank, stage_dataset
 from ..models.vlm import train_only
 from ..process.stopping import Stopped, StopRequest
-from ..recipe.arguments import training_arguments
+from ..recipe.arguments import idle_gpus, training_arguments
 from ..recipe.recipe import DATA_CHECK, LOGS, Recipe, RecipeError, StageRecipe
 from .checkpoints import MAKE_ROOM, newest, room_for, sync, sync_tree, write_atomically, writing
 from .model_card import RECIPE_FILE, STAGE_FILE, publishable, stage_facts, write_card
@@ -55,6 +55,7 @@ def run_recipe(recipe: Recipe, *, announce: Callable[[str], None] = lambda _: No
     with writing(output, "choose another output"):
         output.mkdir(parents=True, exist_ok=True)
     results: list[StageResult] = []
+    note = idle_gpus()
     with StopRequest() as stop:
         check_kept(recipe, announce)
         for stage in recipe.stages:
@@ -62,6 +63,9 @@ def run_recipe(recipe: Recipe, *, announce: Callable[[str], None] = lambda _: No
             seconds = _finished(folder)
             reused = seconds is not None
             if seconds is None:
+                if note is not None:
+                    announce(note)
+                    note = None
                 announce(f"{stage.name}: {stage.objective['name']}, training {', '.join(stage.train)}")
                 before = results[-1].folder if results else None
                 seconds = run_stage(recipe, stage, before, folder, stop=stop, announce=announce)

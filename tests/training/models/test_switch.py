@@ -87,6 +87,24 @@ def tokenizer(letters: str, special: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?", additional_special_tokens=special)
 
 
+def byte_pairs(merges: list[tuple[str, str]], words: list[str]) -> PreTrainedTokenizerFast:
+    made = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges, unk_token="?"))
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?")
+
+
+def test_tokenizers_that_part_outside_the_probe_are_found() -> None:
+    """The probe has neither a q nor a z."""
+    words = ["?", "q", "z", "x", "qz", "zx", "qzx"]
+    ours = byte_pairs([("q", "z"), ("z", "x"), ("qz", "x")], words)
+    check_tokenizers(ours, byte_pairs([("q", "z"), ("z", "x"), ("qz", "x")], words))
+    other = byte_pairs([("q", "z")], ["?", "q", "z", "y", "qz", "zx", "qzx"])
+    with pytest.raises(ValueError, match="differ in 2 tokens: 'x' is 3 for the student and not there for the teacher"):
+        check_tokenizers(ours, other)
+    merged_otherwise = byte_pairs([("z", "x"), ("q", "z"), ("qz", "x")], words)
+    with pytest.raises(ValueError, match=r"from token 0 on the text 'qzx' is \[6\] for the student and \[1, 5\]"):
+        check_tokenizers(ours, merged_otherwise)
+
+
 def test_tokenizers_are_compared_by_probe_and_special_tokens() -> None:
     ours = tokenizer("The red", ["<image>", "<|im_end|>"])
     check_tokenizers(ours, tokenizer("The red", ["<image>", "<|im_end|>"]))

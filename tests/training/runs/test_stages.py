@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration, TrainingArguments
 
 from switchkd.cli.main import main
 from switchkd.training.models.vlm import ModelError, build_vlm, load_vlm, train_only
@@ -68,6 +68,38 @@ def trained(tiny_checkpoint: Path, world: Path, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("run")
     assert main(["train", str(write_recipe(folder / "r.yaml", tiny_checkpoint, world, folder / "out"))]) == 0
     return folder
+
+
+class Wrapped(torch.nn.DataParallel[Any]):
+    """In place of DataParallel, which wraps nothing where there is no GPU."""
+
+    def __init__(self, *_: Any) -> None:
+        pytest.fail("wrapped in DataParallel")
+
+
+def test_a_process_of_its_own_trains_on_one_gpu_of_several(
+    tiny_checkpoint: Path,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Else the Trainer wraps the models in DataParallel, which hands rows and pictures out apart."""
+    finish = TrainingArguments.__post_init__
+
+    def with_two(arguments: TrainingArguments) -> None:
+        finish(arguments)
+        arguments._n_gpu = 2  # as where two GPUs are
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", with_two)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.nn, "DataParallel", Wrapped)
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_checkpoint, world, tmp_path / "out")
+    assert main(["train", str(recipe), "stages.dft.training.max_steps=1"]) == 0
+    out = capsys.readouterr()
+    said = "note: 2 GPUs are there and one process takes one of them; all of them: torchrun --nproc_per_node 2 -m"
+    assert (out.out + out.err).count(said) == 1
+    assert "of 2 samples each" in (tmp_path / "out" / "dft" / "README.md").read_text()
 
 
 def test_every_stage_is_a_folder_that_plain_transformers_loads(trained: Path) -> None:
