@@ -63,6 +63,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "lambda_kd": 1.0,
         "lambda_visual": 1.0,
         "lambda_relation": 0.5,
+        "relation_of": "language_model",
         "temperature": 1.0,
         "direction": "forward",
     },
