@@ -31,6 +31,7 @@ from .vocabulary import train_tokenizer, world_texts
 
 STEPS = 2
 PATCHES = 3  # of the tiny encoders, on a side
+ENCODER_WIDTH = 32
 # What only makes sense on the machine and the data that the recipe is for.
 _FULL_SIZE_ONLY = ("deepspeed", "bf16", "fp16", "tf32", "optim", "use_liger_kernel", "gradient_accumulation_steps")
 
@@ -41,9 +42,13 @@ def shrink(recipe: Recipe, folder: Path) -> Recipe:
     model = _tiny_model(recipe.model, folder / "student", width=32)
     teacher = None
     if recipe.teacher is not None:
-        # A teacher is wider than its student in the language model, and shares the encoder's width.
+        # A teacher is wider than its student in the language model, and in the encoder where the recipe bridges that.
+        adapts = any(stage.objective.get("encoder_adapter") for stage in recipe.stages)
         parts = _tiny_model(
-            ModelRecipe(**_parts(recipe), drop_first_patch=recipe.model.drop_first_patch), folder / "teacher-parts", 64
+            ModelRecipe(**_parts(recipe), drop_first_patch=recipe.model.drop_first_patch),
+            folder / "teacher-parts",
+            width=64,
+            encoder_width=48 if adapts else ENCODER_WIDTH,
         )
         assert parts.encoder is not None
         assert parts.language_model is not None
@@ -64,8 +69,8 @@ def _parts(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _tiny_model(model: ModelRecipe, folder: Path, width: int) -> ModelRecipe:
-    encoder = _tiny_encoder(str(model.encoder or model.checkpoint).lower())
+def _tiny_model(model: ModelRecipe, folder: Path, width: int, encoder_width: int = ENCODER_WIDTH) -> ModelRecipe:
+    encoder = _tiny_encoder(str(model.encoder or model.checkpoint).lower(), encoder_width)
     encoder.save_pretrained(folder / "encoder")
     write_image_processor(folder / "encoder")
     tokenizer = train_tokenizer(world_texts(random.Random(0), 50))
@@ -91,9 +96,9 @@ def _tiny_model(model: ModelRecipe, folder: Path, width: int) -> ModelRecipe:
     )
 
 
-def _tiny_encoder(name: str) -> PreTrainedModel:
+def _tiny_encoder(name: str, width: int) -> PreTrainedModel:
     sizes: dict[str, Any] = {
-        "hidden_size": 32,
+        "hidden_size": width,
         "intermediate_size": 64,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,

@@ -11,6 +11,7 @@ import yaml
 from switchkd.cli.main import main
 from switchkd.training.objectives import build_objective
 from switchkd.training.recipe.arguments import training_arguments
+from switchkd.training.recipe.model_sizes import PUBLISHED
 from switchkd.training.recipe.recipe import Recipe, RecipeError, TeacherRecipe, load_recipe
 
 RECIPES = Path(str(resources.files("switchkd.recipes")))
@@ -193,6 +194,29 @@ def test_edge_student_differs_from_the_papers_in_its_projector_alone() -> None:
     assert (edge.stages, edge.teacher, edge.seed) == (paper.stages, paper.teacher, paper.seed)
 
 
+@pytest.mark.parametrize(("size", "encoder"), [("b", "base"), ("l", "large")])
+def test_the_edge_recipes_differ_in_their_encoder_and_its_adapter(size: str, encoder: str) -> None:
+    edge, paper = load_recipe(f"edge/siglip2-{size}-switch-kd"), load_recipe("paper/qwen2.5-0.5b-ldpv2-edge")
+    name = f"google/siglip2-{encoder}-patch16-384"
+    assert edge.model == dataclasses.replace(paper.model, encoder=name)
+    pt, dft = edge.stages
+    assert pt == paper.stages[0]
+    assert dft == dataclasses.replace(paper.stages[1], objective={**paper.stages[1].objective, "encoder_adapter": True})
+    teacher = load_recipe("edge/siglip2-so400m-teacher")
+    assert edge.teacher is not None
+    assert edge.teacher.checkpoint == f"{teacher.output}/{teacher.stages[-1].name}"
+    ours, theirs = (PUBLISHED[str(recipe.model.encoder)] for recipe in (edge, teacher))
+    assert [side["image_size"] // side["patch_size"] for side in (ours, theirs)] == [24, 24]
+    assert ours["hidden_size"] < theirs["hidden_size"] == 1152
+
+
+def test_the_edge_baseline_is_its_student_without_a_teacher() -> None:
+    sft, edge = load_recipe("edge/siglip2-b-sft"), load_recipe("edge/siglip2-b-switch-kd")
+    assert (sft.model, sft.stages[0], sft.teacher) == (edge.model, edge.stages[0], None)
+    ours, theirs = sft.stages[1], edge.stages[1]
+    assert (ours.data, ours.training, ours.train) == (theirs.data, theirs.training, theirs.train)
+
+
 def test_max_steps_reach_every_stage_of_a_copy() -> None:
     recipe = load_recipe("world/student_sft")
     before = recipe.to_dict()
@@ -207,7 +231,9 @@ def test_max_steps_reach_every_stage_of_a_copy() -> None:
         recipe.with_max_steps(0)
 
 
-@pytest.mark.parametrize("name", ["world/student_switch_kd", "paper/qwen2.5-0.5b-ldpv2-edge"])
+@pytest.mark.parametrize(
+    "name", ["world/student_switch_kd", "paper/qwen2.5-0.5b-ldpv2-edge", "edge/siglip2-b-switch-kd"]
+)
 def test_yaml_comes_back_as_it_went(name: str) -> None:
     recipe = load_recipe(name)
     assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe

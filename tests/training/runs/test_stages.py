@@ -21,6 +21,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, TrainingA
 from switchkd.cli.main import main
 from switchkd.training.models.vlm import ModelError, build_vlm, load_vlm, train_only
 from switchkd.training.recipe.recipe import load_recipe
+from switchkd.training.runs.stages import run_recipe
 from switchkd.training.world.dataset import WorldSettings, write_world
 
 STEPS = 6
@@ -190,6 +191,19 @@ def test_killed_at_any_time_it_ends_in_the_same_weights(
     assert resumed.keys() == straight.keys()
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
     assert not checkpoints.exists()
+
+
+def test_dry_run_of_the_edge_recipe_bridges_two_widths(tmp_path: Path) -> None:
+    from switchkd.training.world.dry_run import shrink
+
+    recipe = shrink(load_recipe("edge/siglip2-b-switch-kd"), tmp_path)
+    assert recipe.teacher is not None
+    run_recipe(recipe)
+    student, teacher = load_vlm(tmp_path / "output" / "dft"), load_vlm(recipe.teacher.checkpoint)
+    widths = [vlm.model.config.vision_config.hidden_size for vlm in (student, teacher)]
+    assert widths == [32, 48]
+    assert [vlm.tokens_per_picture for vlm in (student, teacher)] == [4, 9]
+    assert "encoder_adapter" in (tmp_path / "output" / "dft" / "recipe.yaml").read_text()
 
 
 def test_dry_run_of_the_full_size_recipe_builds_its_classes(capsys: pytest.CaptureFixture[str]) -> None:
