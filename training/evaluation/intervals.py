@@ -101,7 +101,7 @@ def estimate(sums: Sums, figure: Figure, *, mean: bool) -> Estimate:
 def difference(one: Sums, other: Sums, figure: Figure, *, mean: bool) -> Estimate:
     """A figure of one system minus that of another over the same clusters, paired, and by seed where there are several.
 
-    The very same on both sides is exactly 0, from 0 to 0. Raises ValueError where clusters or seeds do not match.
+    Raises ValueError where clusters or seeds do not match.
     """
     if one.clusters != other.clusters or one.questions != other.questions:
         raise ValueError(f"{one.questions} questions on one side, {other.questions} on the other; pairs need the same")
@@ -114,8 +114,6 @@ def difference(one: Sums, other: Sums, figure: Figure, *, mean: bool) -> Estimat
             f"{one.seeds} seeds on one side and {other.seeds} on the other; pairs need as many of both, or one of one"
         )
     value = one.value(figure) - other.value(figure)
-    if sums_equal(one, other):
-        return Estimate(0.0, 0.0, 0.0, 0.0, one.questions, one.clusters, one.seeds, "paired", "the scores are the same")
     if one.clusters < 2:
         return _without(value, one, "one picture: the spread between pictures cannot be told")
     if mean or one.seeds > 1:
@@ -128,9 +126,9 @@ def difference(one: Sums, other: Sums, figure: Figure, *, mean: bool) -> Estimat
     return _bootstrap(value, one, resampled, "the differences")
 
 
-def sums_equal(one: Sums, other: Sums) -> bool:
-    """Whether two systems did the same on every cluster, with every seed."""
-    return np.array_equal(one.sums_SCK, other.sums_SCK)
+def no_difference(sums: Sums) -> Estimate:
+    """What two systems differ by whose every score is the same: exactly 0, from 0 to 0."""
+    return Estimate(0.0, 0.0, 0.0, 0.0, sums.questions, sums.clusters, sums.seeds, "paired", "every score is the same")
 
 
 # --- what a cluster contributes ---

@@ -19,7 +19,7 @@ from .answer_rules import (
     relaxed_match,
     vqa_accuracy,
 )
-from .intervals import Estimate, Figure, Floats, Sums, difference, estimate
+from .intervals import Estimate, Figure, Floats, Sums, difference, estimate, no_difference
 from .questions import EvaluationError, Question
 
 MOST_ALONE = 3  # people: min(1, matches / 3) could never be 1 with so few
@@ -255,11 +255,14 @@ class Scored:
         """The paired difference, with its interval. Raises EvaluationError where the questions are not the same."""
         if [question.key for question in self.questions] != [question.key for question in other.questions]:
             raise EvaluationError("the two sides answered other questions; a paired difference needs the very same")
-        return difference(self.sums(figure, kind), other.sums(figure, kind), figure.value, mean=figure.mean)
+        one, against = self.sums(figure, kind), other.sums(figure, kind)
+        chosen = self._of_kind(kind)
+        same = np.array_equal(self.rows_SQK[:, chosen], other.rows_SQK[:, chosen])
+        return no_difference(one) if same else difference(one, against, figure.value, mean=figure.mean)
 
     def sums(self, figure: FigureOf, kind: str = ALL) -> Sums:
         """What the figure adds up, by seed and cluster; clusters in the order of their hashes."""
-        chosen = [number for number, question in enumerate(self.questions) if kind in (ALL, question.kind)]
+        chosen = self._of_kind(kind)
         clusters = [self.questions[number].cluster for number in chosen]
         place_of = {cluster: place for place, cluster in enumerate(sorted(set(clusters)))}
         rows_SQK = figure.sums(self.rows_SQK[:, chosen])
@@ -268,3 +271,6 @@ class Scored:
         for sums_CK, rows_QK in zip(sums_SCK, rows_SQK, strict=True):
             np.add.at(sums_CK, places_Q, rows_QK)
         return Sums(sums_SCK, len(chosen))
+
+    def _of_kind(self, kind: str) -> list[int]:
+        return [number for number, question in enumerate(self.questions) if kind in (ALL, question.kind)]

@@ -186,16 +186,6 @@ def test_one_picture_has_no_interval_and_says_why() -> None:
         assert "one picture" in found.note
 
 
-def test_the_same_answers_differ_by_exactly_nothing() -> None:
-    rng = np.random.default_rng(0)
-    for seeds in (1, 3):
-        side = of_means(rng.integers(0, 4, (seeds, 30)), np.full(30, 3))
-        for mean in (True, False):
-            found = difference(side, side, ratio, mean=mean)
-            assert (found.value, found.low, found.high) == (0, 0, 0)
-            assert found.excludes_zero is False
-
-
 def test_a_collapsed_spread_is_told_and_not_taken_for_certainty() -> None:
     ones, none = of_means([[1] * 5], np.ones(5)), of_means([[0] * 5], np.ones(5))
     found = difference(ones, none, ratio, mean=True)

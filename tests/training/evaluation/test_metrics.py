@@ -135,6 +135,10 @@ def test_a_model_against_itself_is_nothing_and_other_questions_are_refused() -> 
     for figure in METRICS["pope"].figures:
         found = scored.minus(scored, figure)
         assert (found.value, found.low, found.high) == (0, 0, 0)
+    swapped = Scored.of(METRICS["exact"], [ask(0, "a", "p"), ask(1, "a", "p"), ask(2, "a")], [["a", "b", "a"]])
+    other = Scored.of(METRICS["exact"], swapped.questions, [["b", "a", "a"]])  # not the same, by picture the same
+    found = swapped.minus(other, METRICS["exact"].figures[0])
+    assert (found.value, found.low, found.note[:25]) == (0, None, "every picture shows the s")
     fewer = Scored.of(METRICS["pope"], YES_NO[1:], [SAID[1:]])
     with pytest.raises(EvaluationError, match="the two sides answered other questions"):
         scored.minus(fewer, METRICS["pope"].figures[0])
