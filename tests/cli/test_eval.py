@@ -277,7 +277,7 @@ def test_seeds_are_a_second_level(folder: Path, tmp_path: Path, capsys: pytest.C
     assert (difference["seeds"], difference["how"]) == (3, "two-level t")
     assert report["metrics"]["exact"]["all"]["accuracy"]["by_seed"] == pytest.approx([0.8, 0.9, 1.0])
     # MS_s = 100 (0.1² + 0 + 0.1²) / 2 = 1; 1, 2/3 and 1/3 by question, ten times each: MS_c = 3 (140/9 - 4) / 99; MS_e
-    # is what is left of 60 - 12, over 2 x 99. The half-width is of t = 4.30265 for seeds, and t = 1.98422 for questions.
+    # is what is left of 60 - 12, over 2 x 99. The half-width has t = 4.30265 of seeds, t = 1.98422 of questions.
     ms_c = 3 * (140 / 9 - 4) / 99
     ms_e = (60 - 12 - 2 - 99 * ms_c) / 198
     half = ((4.302653**2 * (1 - ms_e) + 1.984217**2 * ms_c) / 300) ** 0.5
