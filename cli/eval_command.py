@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from switchkd.export.contract.bundle import BundleError
@@ -11,7 +10,7 @@ from switchkd.export.contract.pixels import PictureError
 from switchkd.export.contract.processor import this_machine
 from switchkd.export.contract.prompt import PromptError
 from switchkd.training.data.conversations import DataError
-from switchkd.training.evaluation.asking import MAX_NEW_TOKENS, evaluate
+from switchkd.training.evaluation.asking import MAX_NEW_TOKENS, Model, evaluate
 from switchkd.training.evaluation.kept_answers import Results, find_results, read_results
 from switchkd.training.evaluation.metrics import METRICS, default_metrics, metric_of
 from switchkd.training.evaluation.questions import EvaluationError, Question, read_questions
@@ -82,8 +81,10 @@ def run(args: argparse.Namespace) -> int:
         metric = metric_of(name)
         if questions is not None:  # what does not fit is known before hours of answering
             metric.rows(questions, [""] * len(questions))
-    system = System(_results(args, args.models, questions))
-    against = System(_results(args, args.against, questions)) if args.against else None
+    # All of them are looked at before the first is asked: what does not fit is known before hours of answering.
+    ours, theirs = ([_plan(args, word, questions) for word in words] for words in (args.models, args.against))
+    system = System(tuple(_results(args, each, questions) for each in ours))
+    against = System(tuple(_results(args, each, questions) for each in theirs)) if theirs else None
     metrics = tuple(dict.fromkeys(args.metric or default_metrics(system.results[0].questions)))
     report = make_report(system, against, metrics)
     places = [args.out]
@@ -106,20 +107,23 @@ def _questions(args: argparse.Namespace) -> list[Question] | None:
     return read_questions(args.data, pictures, args.limit)
 
 
-def _results(args: argparse.Namespace, words: Sequence[str], questions: list[Question] | None) -> tuple[Results, ...]:
-    """Each model's results: read where they are given, else asked for."""
-    found = []
-    for word in words:
-        kept = None if is_address(word) else find_results(Path(word))
-        if kept is not None:
-            found.append(_checked(read_results(kept), questions))
-            continue
-        model = open_model(word, precision=args.precision, served=args.model, batch=args.batch, threads=args.threads)
-        if questions is None:
-            raise EvaluationError(f"{word}: has no answers yet; --data FILE says what it is to be asked")
-        machine = this_machine()
-        found.append(evaluate(model, questions, args.out, max_new_tokens=args.max_new_tokens, machine=machine))
-    return tuple(found)
+def _plan(args: argparse.Namespace, word: str, questions: list[Question] | None) -> Results | Model:
+    """Finished results, or a model that is to be asked."""
+    kept = None if is_address(word) else find_results(Path(word))
+    if kept is not None:
+        return _checked(read_results(kept), questions)
+    model = open_model(word, precision=args.precision, served=args.model, batch=args.batch, threads=args.threads)
+    if questions is None:
+        raise EvaluationError(f"{word}: has no answers yet; --data FILE says what it is to be asked")
+    return model
+
+
+def _results(args: argparse.Namespace, plan: Results | Model, questions: list[Question] | None) -> Results:
+    """The results of a plan."""
+    if isinstance(plan, Results):
+        return plan
+    assert questions is not None
+    return evaluate(plan, questions, args.out, max_new_tokens=args.max_new_tokens, machine=this_machine())
 
 
 def _checked(results: Results, questions: list[Question] | None) -> Results:

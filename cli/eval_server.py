@@ -159,7 +159,10 @@ def _with_picture(message: Mapping[str, Any], picture: Path | None) -> dict[str,
 
 def _picture_part(picture: Path | None) -> dict[str, Any]:
     assert picture is not None
-    with Image.open(picture) as opened:
-        kind = Image.MIME.get(opened.format or "", "application/octet-stream")
+    try:
+        with Image.open(picture) as opened:
+            kind = Image.MIME[opened.format or ""]
+    except (OSError, KeyError) as error:  # what is no picture is not sent either
+        raise ServerError(f"{picture}: no picture that can be sent ({error}); take it out of the data") from None
     content = base64.b64encode(picture.read_bytes()).decode()
     return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{content}"}}

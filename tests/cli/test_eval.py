@@ -232,6 +232,19 @@ def test_metrics_of_finished_results_need_neither_model_nor_data(
     assert "accuracy: model (1) minus model (2): 0 [0, 0], since every score is the same." in capsys.readouterr().out
 
 
+def test_results_of_other_questions_are_refused_before_anything_is_asked(
+    data: Path, folder: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(tiny_checkpoint, "--data", folder / "blank.json", out=tmp_path / "blank")
+    words = ["eval", str(tiny_checkpoint), "--against", str(tmp_path / "blank"), "--data", str(data), "--out"]
+    assert main([*words, str(tmp_path / "out")]) == 2
+    assert "answers other questions than those of --data" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    evaluate(tiny_checkpoint, "--data", data, out=tmp_path / "data")
+    assert main(["eval", str(tmp_path / "data"), "--against", str(tmp_path / "blank"), "--out", str(tmp_path)]) == 2
+    assert "the two sides answered other questions" in capsys.readouterr().err
+
+
 def planted(tmp_path: Path, data: Path, name: str, wrong: Callable[[int], bool]) -> Path:
     """Finished results of a system that is wrong where it is told to be."""
     questions = read_questions(data, data.parent)

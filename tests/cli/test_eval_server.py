@@ -248,6 +248,17 @@ def test_a_server_without_a_list_is_taken_at_its_word(data: Path, elsewhere: Els
     assert {request["model"] for request in elsewhere.requests} == {"theirs"}
 
 
+def test_what_is_no_picture_is_not_sent(data: Path, elsewhere: Elsewhere, tmp_path: Path, capsys: Any) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(3):
+        (pictures / f"{number}.png").write_text("a letter of somebody's")
+    words = ["eval", elsewhere.url, "--data", str(data), "--pictures", str(pictures), "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "no picture that can be sent" in capsys.readouterr().err
+    assert all(isinstance(request["messages"][0]["content"], str) for request in elsewhere.requests)
+
+
 def test_nobody_at_the_address(data: Path, tmp_path: Path, capsys: Any) -> None:
     with serving() as server:
         url = server.url

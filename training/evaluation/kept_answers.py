@@ -187,7 +187,11 @@ def _answers(path: Path) -> dict[str, Answer]:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file, but for a line at its end that is not whole yet."""
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise EvaluationError(f"{path}: cannot be read ({error.strerror}); evaluate into another folder") from None
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
             return
         try:

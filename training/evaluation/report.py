@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -210,10 +211,10 @@ def _pinned(report: Mapping[str, Any]) -> list[str]:
     for side in ("system", "against"):
         for seed in report[side]["seeds"] if side in report else ():
             settings = ", ".join(f"{name} {value}" for name, value in seed["settings"].items())
-            template = seed.get("template_sha256") or "the server's own"
+            template = seed.get("template_sha256") or "unknown"
             lines.append(
-                f"{seed['name']}: {seed['kind']} {seed['given']}, model {_hash(seed['model'])}, chat template "
-                f"{template[:12]}, {settings}"
+                f"{seed['name']}: {seed.get('kind', 'model')} {seed.get('given', '')}, model {_hash(seed['model'])}, "
+                f"chat template {template[:12]}, {settings}"
             )
             if seed["cut_off"]:
                 lines.append(f"  {seed['cut_off']} of its answers were cut off there; --max-new-tokens gives more")
@@ -222,8 +223,6 @@ def _pinned(report: Mapping[str, Any]) -> list[str]:
 
 
 def _hash(model: Mapping[str, Any]) -> str:
-    import hashlib
-
     return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:12]
 
 
