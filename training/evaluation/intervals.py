@@ -231,7 +231,7 @@ def _wilson(value: float, sums: Sums, spread: Spread) -> Estimate:
     how = "two-level Wilson" if sums.seeds > 1 else "clustered Wilson"
     shared = (sums.questions, sums.clusters, sums.seeds, how)
     if inside > _WEE and spread.standard_error < _WEE:
-        return Estimate(value, value, value, 0.0, *shared, "every picture has the same mean")
+        return _without(value, sums, "every picture has the same mean, so that the spread cannot be told")
     at_edge = inside <= _WEE
     effective = sums.clusters if at_edge else inside / spread.standard_error**2
     middle = (value + t * t / (2 * effective)) / (1 + t * t / effective)

@@ -191,6 +191,9 @@ def test_a_collapsed_spread_is_told_and_not_taken_for_certainty() -> None:
     found = difference(ones, none, ratio, mean=True)
     assert (found.value, found.low) == (1, None)
     assert "every picture shows the same" in found.note
+    halves = estimate(of_means([[1] * 5], np.full(5, 2)), ratio, mean=True)
+    assert (halves.value, halves.low) == (0.5, None)
+    assert "every picture has the same mean" in halves.note
     sure = estimate(of_means([[1] * 5], np.ones(5)), ratio, mean=False)
     assert (sure.value, sure.low) == (1, None)
     assert "resampling cannot tell" in sure.note
