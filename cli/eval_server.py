@@ -108,7 +108,7 @@ class ServerModel:
             except httpx.HTTPStatusError as error:
                 if error.response.status_code not in _LATER or number == tries:
                     raise ServerError(_refusal(self._address, error.response)) from error
-                wait = _asked_wait(error.response, wait)
+                wait = asked_wait(error.response, wait)
             except httpx.TransportError as error:
                 if number == tries:
                     raise ServerError(
@@ -136,7 +136,7 @@ def _refusal(address: str, response: httpx.Response) -> str:
     return f"{address}: HTTP {status}: {said.rstrip('.')}; {remedy}"
 
 
-def _asked_wait(response: httpx.Response, otherwise: float) -> float:
+def asked_wait(response: httpx.Response, otherwise: float) -> float:
     """Seconds that Retry-After asks for, as a number or as a date."""
     asked = response.headers.get("Retry-After", "")
     if asked.isdigit():

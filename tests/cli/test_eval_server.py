@@ -14,9 +14,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
+from switchkd.cli.eval_server import LONGEST_WAIT, asked_wait
 from switchkd.cli.main import main
 from switchkd.training.evaluation.kept_answers import read_results
 
@@ -264,3 +266,20 @@ def test_nobody_at_the_address(data: Path, tmp_path: Path, capsys: Any) -> None:
         url = server.url
     assert main(["eval", url, "--data", str(data), "--out", str(tmp_path)]) == 2
     assert "cannot be reached" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("7", 7.0),
+        ("0", 0.0),
+        ("9999", LONGEST_WAIT),
+        ("Fri, 31 Dec 1999 23:59:59 GMT", 0.0),
+        ("Fri, 31 Dec 9998 23:59:59 GMT", LONGEST_WAIT),
+        ("soon", 4.0),
+        (None, 4.0),
+    ],
+)
+def test_what_a_server_asks_to_wait(header: str | None, seconds: float) -> None:
+    response = httpx.Response(429, headers={} if header is None else {"Retry-After": header})
+    assert asked_wait(response, otherwise=4.0) == seconds
