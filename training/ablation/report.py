@@ -33,7 +33,7 @@ def score_arm(matrix: Matrix, arm: Arm, seed: int) -> None:
     stamp = [sha256(folder / "model.safetensors"), json.loads((world / MARKER).read_text())]
     scores = _kept_scores(matrix)
     kept = scores.get(str(folder), {})
-    if kept.get("stamp") != stamp or "answers" not in kept:
+    if kept.get("stamp") != stamp:
         answers, records = answer_checkpoint(folder, world), read_test(world)
         scores[str(folder)] = {"stamp": stamp} | described(score(answers, records), len(records)) | {"answers": answers}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,8 +77,13 @@ def report_text(report: dict[str, Any]) -> str:
 
 
 def _kept_scores(matrix: Matrix) -> dict[str, Any]:
-    path = Path(matrix.output) / SCORES
-    return json.loads(path.read_text()) if matrix.world is not None and path.is_file() else {}
+    """The scores by folder, of this very world, with the answers that pairs are made of."""
+    path, marker = Path(matrix.output) / SCORES, Path(matrix.root) / "world" / MARKER
+    if matrix.world is None or not path.is_file() or not marker.is_file():
+        return {}
+    world = json.loads(marker.read_text())
+    scores: dict[str, Any] = json.loads(path.read_text())
+    return {folder: kept for folder, kept in scores.items() if "answers" in kept and kept["stamp"][1] == world}
 
 
 def _arm(matrix: Matrix, arm: Arm, kept: dict[str, Any], records: Records) -> dict[str, Any]:

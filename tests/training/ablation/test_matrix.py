@@ -128,6 +128,22 @@ def test_seeds_have_folders_of_their_own_and_a_spread(finished: tuple[Path, dict
     assert f"{100 * arm['mean']['all']:.1f} ± {half:.1f}" in capsys.readouterr().out
 
 
+def test_scores_of_another_world_or_without_answers_are_not_compared(finished: tuple[Path, dict[str, int]]) -> None:
+    root, _ = finished
+    file = root / "table4" / "scores.json"
+    before = file.read_text()
+    matrix = load_matrix("ablation/toy-table4", [f"root={root}", *SMALL_WORLD]).with_max_steps(2)
+    scores = json.loads(before)
+    del scores[str(root / "pt-dft")]["answers"]  # as an earlier version kept them
+    scores[str(root / "dpt-sft")]["stamp"][1] = {"other": "world"}
+    try:
+        file.write_text(json.dumps(scores))
+        arms = collect(matrix)["arms"]
+        assert [name for name, arm in arms.items() if "mean" in arm] == ["teacher", "PT-SFT", "DPT-DFT"]
+    finally:
+        file.write_text(before)
+
+
 def test_another_recipe_does_not_write_over_what_is_finished(
     finished: tuple[Path, dict[str, int]], capsys: pytest.CaptureFixture[str]
 ) -> None:
