@@ -104,6 +104,13 @@ COMMANDS = (
         "export",
     ),
     Command(
+        "eval",
+        "switchkd.cli.eval_command",
+        "score a checkpoint, a bundle or a server, with intervals, and compare two",
+        "measure",
+        "train,serve",
+    ),
+    Command(
         "ask",
         "switchkd.serve.ask_command",
         "ask a bundle about a picture; needs no torch",

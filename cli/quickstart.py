@@ -49,7 +49,7 @@ class Plan:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the run (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=1, help="repeat the student arms and print mean and spread")
+    parser.add_argument("--seeds", type=int, default=1, help="repeat the student arms; their chance is in the interval")
     parser.add_argument(
         "--from-scratch",
         action="store_true",

@@ -7,10 +7,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from switchkd.training.world.scoring import Score, score
+from switchkd.training.evaluation.intervals import Estimate
+from switchkd.training.world.scoring import Score, difference, score, score_seeds
 
 TIMED_ANSWERS = 40
 MAX_NEW_TOKENS = 32
@@ -112,25 +114,50 @@ def _report(
     scores = {name: score(result["answers"], records) for name, result in measured.items()}
     report: dict[str, Any] = {
         "accuracy": {name: value.accuracy for name, value in scores.items() if "-seed" not in name},
+        "intervals": {name: value.intervals for name, value in scores.items() if "-seed" not in name},
         "above_prior": {name: value.above_prior for name, value in scores.items() if "-seed" not in name},
         "by_kind": {name: value.by_kind for name, value in scores.items() if "-seed" not in name},
         "above_prior_by_kind": {n: value.above_prior_by_kind for n, value in scores.items() if "-seed" not in n},
         "prior": next(iter(scores.values())).prior,
         "prior_by_kind": next(iter(scores.values())).prior_by_kind,
         "test_questions": len(records),
+        "test_pictures": len({record["image"] for record in records}),
+        "difference": {"of": arms[1], "from": arms[0]} | asdict(_difference(measured, records, arms, seeds)),
         "bytes": {name: result["bytes"] for name, result in measured.items()},
         "milliseconds_per_answer": {name: result["milliseconds"] for name, result in measured.items()},
         "seconds": seconds,
         "machine": this_machine(),
     }
     if seeds > 1:
-        report["seeds"] = {arm: _spread(arm, scores, seeds) for arm in arms}
+        report["seeds"] = {arm: _spread(arm, scores, measured, records, seeds) for arm in arms}
     return report
 
 
-def _spread(arm: str, scores: dict[str, Score], seeds: int) -> dict[str, Any]:
-    values = [scores[arm if seed == 0 else f"{arm}-seed{seed}"].accuracy for seed in range(seeds)]
-    return {"accuracies": values, "mean": statistics.mean(values), "standard_deviation": statistics.stdev(values)}
+def _spread(
+    arm: str, scores: dict[str, Score], measured: dict[str, dict[str, Any]], records: Records, seeds: int
+) -> dict[str, Any]:
+    values = [scores[name].accuracy for name in _names(arm, seeds)]
+    low, high = score_seeds(_answers(measured, arm, seeds), records).intervals["all"]
+    return {
+        "accuracies": values,
+        "mean": statistics.mean(values),
+        "standard_deviation": statistics.stdev(values),
+        "interval": [low, high],
+    }
+
+
+def _difference(measured: dict[str, dict[str, Any]], records: Records, arms: Sequence[str], seeds: int) -> Estimate:
+    """The second arm minus the first, paired by question, and by seed where there are several."""
+    first, second = (_answers(measured, arm, seeds) for arm in arms)
+    return difference(second, first, records)
+
+
+def _answers(measured: dict[str, dict[str, Any]], arm: str, seeds: int) -> list[list[str]]:
+    return [measured[name]["answers"] for name in _names(arm, seeds)]
+
+
+def _names(arm: str, seeds: int) -> list[str]:
+    return [arm if seed == 0 else f"{arm}-seed{seed}" for seed in range(seeds)]
 
 
 def _stamp(weights: Path, records: Records) -> str:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from switchkd.training.evaluation.intervals import Estimate
+from switchkd.training.evaluation.report import in_words
 
 WIDTH = 120  # columns of running text
 TITLES = {
@@ -34,7 +38,7 @@ def _text(report: dict[str, Any]) -> str:
         rows.append(
             [
                 title,
-                _percent(report["accuracy"][name]),
+                _with_half_width(report["accuracy"][name], report["intervals"][name]["all"]),
                 _percent(report["above_prior"][name]),
                 *(_percent(report["by_kind"][name][kind]) for kind in kinds),
                 f"{report['bytes'][name] / 1e6:.1f}",
@@ -51,26 +55,25 @@ def _text(report: dict[str, Any]) -> str:
 
 
 def _verdict(report: dict[str, Any]) -> str:
-    """What the comparison shows, win or loss, with its sampling error."""
+    """What the comparison shows, win or loss, with its interval."""
     text = (
-        f"Accuracy in % of {report['test_questions']} test questions; toy models of a toy world. "
-        f"One standard error of an accuracy is about {_standard_error(report):.1f} points."
+        f"Accuracy in % of {report['test_questions']} test questions about {report['test_pictures']} pictures, ± half "
+        "of the 95 % interval; toy models of a toy world."
     )
-    if "seeds" not in report:
-        gain = 100 * (report["accuracy"]["student_switch_kd"] - report["accuracy"]["student_sft"])
-        return f"{text}\nSwitch-KD minus SFT: {gain:+.1f} points, from one seed; --seeds 3 shows the spread."
-    for name, spread in report["seeds"].items():
+    for name, spread in report.get("seeds", {}).items():
         values = ", ".join(_percent(value) for value in spread["accuracies"])
+        low, high = spread["interval"]
         text += (
             f"\n{TITLES[name]}: mean {_percent(spread['mean'])}, standard deviation "
-            f"{_percent(spread['standard_deviation'])} over {len(spread['accuracies'])} seeds ({values})"
+            f"{_percent(spread['standard_deviation'])} over {len(spread['accuracies'])} seeds ({values}); "
+            f"95 % interval {_percent(low)} to {_percent(high)}"
         )
+    found = dict(report["difference"])
+    one, other = (TITLES[found.pop(side)].removeprefix("student, ") for side in ("of", "from"))
+    text += f"\n{in_words(Estimate(**found), one, other)}"
+    if found["seeds"] == 1:
+        text += " One seed: --seeds 3 takes the seeds' chance in."
     return text
-
-
-def _standard_error(report: dict[str, Any]) -> float:
-    accuracy = report["accuracy"]["student_switch_kd"]
-    return float(100 * (accuracy * (1 - accuracy) / report["test_questions"]) ** 0.5)
 
 
 def _times(report: dict[str, Any]) -> str:
@@ -79,6 +82,11 @@ def _times(report: dict[str, Any]) -> str:
     where = f"{machine['processors']} logical processors of {machine['processor']}"
     text = f"Time, on {where}: {parts}; {sum(report['seconds'].values()) / 60:.1f} minutes in all."
     return textwrap.fill(text, WIDTH)
+
+
+def _with_half_width(value: float, interval: Sequence[float]) -> str:
+    low, high = interval
+    return f"{_percent(value)} ± {_percent((high - low) / 2)}"
 
 
 def _percent(value: float) -> str:

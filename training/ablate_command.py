@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "recipe.stages.pt.training.learning_rate=1e-4",
     )
     parser.add_argument("--only", action="append", metavar="ARM", help="run this arm only; may be given several times")
-    parser.add_argument("--seeds", type=int, help="run every arm with so many seeds; the table has mean and spread")
+    parser.add_argument("--seeds", type=int, help="run every arm with so many seeds; their chance is in the intervals")
     parser.add_argument("--max-steps", type=int, help="end every stage after so many steps, to try the matrix")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--print-config", action="store_true", help="print the resolved matrix as YAML and stop")

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,16 @@ def this_machine() -> dict[str, Any]:
         "processor": ", ".join([processor_name(), *processor_features()]),
         "processors": processors(),
         "system": f"{platform.system()} {platform.machine()}",
-        "onnxruntime": version("onnxruntime"),
+        "onnxruntime": _onnxruntime(),
     }
+
+
+def _onnxruntime() -> str | None:
+    """Its version; None where a checkpoint is evaluated without it."""
+    try:
+        return version("onnxruntime")
+    except PackageNotFoundError:
+        return None
 
 
 def _cpuinfo(field: str) -> str | None:

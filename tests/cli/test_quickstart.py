@@ -12,7 +12,9 @@ import pytest
 
 from switchkd.cli.main import main
 from switchkd.cli.quickstart_report import write_report
+from switchkd.training.evaluation.report import in_words
 from switchkd.training.world.bases import STORED, stored_parts
+from switchkd.training.world.scoring import difference
 
 SYSTEMS = {"teacher", "student_sft", "student_switch_kd", "bundle_fp32", "bundle_int8"}
 KINDS = {"attribute", "conversation", "counting", "existence", "position", "reading", "region"}
@@ -56,6 +58,8 @@ def test_the_report_has_every_number(finished: Path) -> None:
     for name in SYSTEMS:
         assert 0 <= report["accuracy"][name] <= 1
         assert set(report["by_kind"][name]) == set(report["above_prior_by_kind"][name]) == KINDS
+        low, high = report["intervals"][name]["all"]
+        assert low < report["accuracy"][name] < high
         assert report["milliseconds_per_answer"][name] > 0
         assert report["bytes"][name] > 0
     assert report["bytes"]["bundle_int8"] < report["bytes"]["bundle_fp32"]
@@ -85,11 +89,33 @@ def test_a_second_run_reuses_everything_and_prints_the_same(finished: Path, caps
 def test_seeds_are_reported_with_mean_and_spread(finished: Path, tmp_path: Path) -> None:
     report = json.loads((finished / "report.json").read_text())
     report["seeds"] = {
-        arm: {"accuracies": [0.5, 0.7], "mean": 0.6, "standard_deviation": 0.1414}
+        arm: {"accuracies": [0.5, 0.7], "mean": 0.6, "standard_deviation": 0.1414, "interval": [0.1, 0.9]}
         for arm in ("student_sft", "student_switch_kd")
     }
+    report["difference"] |= {"value": 0.021, "low": 0.002, "high": 0.04, "seeds": 2}
     text = write_report(tmp_path, report)
-    assert "student, SFT: mean 60.0, standard deviation 14.1 over 2 seeds (50.0, 70.0)" in text
+    assert (
+        "student, SFT: mean 60.0, standard deviation 14.1 over 2 seeds (50.0, 70.0); 95 % interval 10.0 to 90.0" in text
+    )
+    assert "\nSwitch-KD minus SFT: +2.1 points, 95 % interval +0.2 to +4.0. It excludes 0: the chance of" in text
+    assert "--seeds 3" not in text
+
+
+def test_the_last_line_is_the_paired_difference_of_the_kept_answers(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    records = json.loads((finished / "world" / "test.json").read_text())
+    sft, switch_kd = (
+        json.loads((finished / "measurements" / f"{name}.json").read_text())["answers"]
+        for name in ("student_sft", "student_switch_kd")
+    )
+    assert report["difference"]["of"] == "student_switch_kd"
+    assert report["difference"]["value"] == pytest.approx(
+        report["accuracy"]["student_switch_kd"] - report["accuracy"]["student_sft"]
+    )
+    found = difference([switch_kd], [sft], records)
+    assert (report["difference"]["low"], report["difference"]["high"]) == (found.low, found.high)
+    assert report["difference"]["clusters"] == report["test_pictures"] == len({row["image"] for row in records})
+    assert in_words(found, "Switch-KD", "SFT") in (finished / "report.md").read_text()
 
 
 def test_from_scratch_makes_the_parts_first_and_starts_from_them(tmp_path: Path) -> None:

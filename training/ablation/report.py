@@ -1,21 +1,28 @@
-"""An ablation's table: what each arm reached in the picture world, over its seeds, and the paper's numbers apart."""
+"""An ablation's table: what each arm reached in the picture world, over its seeds, and the paper's numbers apart.
+
+Intervals are those of training/evaluation: over the pictures' chance, and with several seeds over theirs too. Every arm
+is also compared, question by question and seed by seed, with the first one that is trained.
+"""
 
 from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from switchkd.export.folders.digests import sha256
 
+from ..evaluation.intervals import Estimate
+from ..evaluation.metrics import ALL
+from ..evaluation.report import in_words, table
 from ..runs.stages import finished_stages
 from ..world.dataset import MARKER
-from ..world.scoring import score_checkpoint
+from ..world.scoring import Records, above, answer_checkpoint, described, difference, read_test, score, score_seeds
 from .matrix import Arm, Matrix
 
 SCORES = "scores.json"
-ALL = "all"
 ABOVE = "above prior"
 NOTHING = "–"
 
@@ -25,8 +32,10 @@ def score_arm(matrix: Matrix, arm: Arm, seed: int) -> None:
     folder, world, path = arm.folder(seed), Path(matrix.root) / "world", Path(matrix.output) / SCORES
     stamp = [sha256(folder / "model.safetensors"), json.loads((world / MARKER).read_text())]
     scores = _kept_scores(matrix)
-    if scores.get(str(folder), {}).get("stamp") != stamp:
-        scores[str(folder)] = {"stamp": stamp} | score_checkpoint(folder, world)
+    kept = scores.get(str(folder), {})
+    if kept.get("stamp") != stamp:
+        answers, records = answer_checkpoint(folder, world), read_test(world)
+        scores[str(folder)] = {"stamp": stamp} | described(score(answers, records), len(records)) | {"answers": answers}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(scores, indent=1) + "\n")
 
@@ -34,7 +43,9 @@ def score_arm(matrix: Matrix, arm: Arm, seed: int) -> None:
 def collect(matrix: Matrix) -> dict[str, Any]:
     """What `report.json` holds: every arm with what is finished of it, found on disk, whichever run has made it."""
     kept = _kept_scores(matrix)
-    arms = {arm.name: _arm(matrix, arm, kept) for arm in matrix.arms}
+    records = read_test(Path(matrix.root) / "world") if kept else []
+    arms = {arm.name: _arm(matrix, arm, kept, records) for arm in matrix.arms}
+    _compare(matrix, arms, kept, records)
     report = {"title": matrix.title, "output": matrix.output, "source": matrix.source, "arms": arms}
     for scores in kept.values():
         report |= {name: scores[name] for name in ("test_questions", "prior", "prior_by_kind")}
@@ -60,25 +71,55 @@ def report_text(report: dict[str, Any]) -> str:
         rows = [[name, *(str(paper.get(column, NOTHING)) for column in columns)] for name, paper in papers.items()]
         blocks.append(
             f"The PAPER'S numbers for its own models ({report['source'] or 'no source given'}); none is measured here:"
-            f"\n\n{_table([['', *columns], *rows])}"
+            f"\n\n{table([['', *columns], *rows])}"
         )
     return "\n\n".join(blocks) + "\n"
 
 
 def _kept_scores(matrix: Matrix) -> dict[str, Any]:
-    path = Path(matrix.output) / SCORES
-    return json.loads(path.read_text()) if matrix.world is not None and path.is_file() else {}
+    """The scores by folder, of this very world, with the answers that pairs are made of."""
+    path, marker = Path(matrix.output) / SCORES, Path(matrix.root) / "world" / MARKER
+    if matrix.world is None or not path.is_file() or not marker.is_file():
+        return {}
+    world = json.loads(marker.read_text())
+    scores: dict[str, Any] = json.loads(path.read_text())
+    return {folder: kept for folder, kept in scores.items() if "answers" in kept and kept["stamp"][1] == world}
 
 
-def _arm(matrix: Matrix, arm: Arm, kept: dict[str, Any]) -> dict[str, Any]:
+def _arm(matrix: Matrix, arm: Arm, kept: dict[str, Any], records: Records) -> dict[str, Any]:
     seeds = [_seed(arm, seed, kept) for seed in matrix.seeds_of(arm)]
     scores = [seed["scores"] for seed in seeds if "scores" in seed]
     found: dict[str, Any] = {"seeds": seeds, "paper": arm.paper}
     if scores:
+        result = score_seeds(_answers(found, kept), records)
+        found["interval"] = result.intervals | {
+            ABOVE: [None if end is None else above(end, result.prior) for end in result.intervals[ALL]]
+        }
         found["mean"] = {name: statistics.mean(score[name] for score in scores) for name in scores[0]}
     if len(scores) > 1:
         found["standard_deviation"] = {name: statistics.stdev(score[name] for score in scores) for name in scores[0]}
     return found
+
+
+def _answers(arm: dict[str, Any], kept: dict[str, Any]) -> list[list[str]]:
+    """The answers of an arm's finished seeds."""
+    return [kept[seed["folder"]]["answers"] for seed in arm["seeds"] if "scores" in seed]
+
+
+def _compare(matrix: Matrix, arms: dict[str, Any], kept: dict[str, Any], records: Records) -> None:
+    """Add to each arm its paired difference from the first arm that is trained here, over the seeds that both have."""
+    trained = [arm.name for arm in matrix.arms if arm.recipe is not None and "mean" in arms[arm.name]]
+    if not trained:
+        return
+    base = trained[0]
+    for name, arm in arms.items():
+        if name == base or "mean" not in arm:
+            continue
+        one, other = _answers(arm, kept), _answers(arms[base], kept)
+        if name in trained:
+            seeds = min(len(one), len(other))
+            one, other = one[:seeds], other[:seeds]
+        arm["difference"] = {"from": base} | asdict(difference(one, other, records))
 
 
 def _seed(arm: Arm, seed: int, kept: dict[str, Any]) -> dict[str, Any]:
@@ -97,27 +138,54 @@ def _seed(arm: Arm, seed: int, kept: dict[str, Any]) -> dict[str, Any]:
 def _scored(report: dict[str, Any]) -> str:
     kinds = sorted(report["prior_by_kind"])
     columns = [ALL, ABOVE, *kinds]
-    rows = [["", "seeds", *columns]]
+    base = next((arm["difference"]["from"] for arm in report["arms"].values() if "difference" in arm), None)
+    rows = [["", "seeds", *columns, *([] if base is None else [f"minus {base}"])]]
     for name, arm in report["arms"].items():
         count = sum("scores" in seed for seed in arm["seeds"])
         rows.append([name, str(count), *(_cell(arm, column) for column in columns)])
+        if base is not None:
+            rows[-1].append(_difference_cell(arm))
     priors = (f"{100 * report['prior_by_kind'][kind]:.1f}" for kind in kinds)
-    rows.append(["guessing (prior)", "", f"{100 * report['prior']:.1f}", "", *priors])
+    rows.append(["guessing (prior)", "", f"{100 * report['prior']:.1f}", "", *priors, *([] if base is None else [""])])
+    return table(rows) + "\n\n" + "\n".join(_notes(report))
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    """What the table's numbers are, and what its differences say."""
     notes = [f"Accuracy in % of {report['test_questions']} test questions; toy models of a toy world."]
     if any("standard_deviation" in arm for arm in report["arms"].values()):
-        notes.append("Mean ± standard deviation over the seeds.")
+        notes.append(
+            "Mean over the seeds ± half of the 95 % interval, of the pictures' and the seeds' chance together."
+        )
     else:
-        notes.append("One seed an arm: a difference between two may be chance; --seeds 3 shows the spread.")
+        notes.append(
+            "± half of the 95 % interval, of the pictures' chance alone. One seed an arm: a difference between two may "
+            "be the seeds' chance; --seeds 3 takes that in."
+        )
+    for name, arm in report["arms"].items():
+        if "difference" in arm:
+            found = dict(arm["difference"])
+            base = found.pop("from")
+            notes.append(in_words(Estimate(**found), name, base))
     if "max_steps" in report:
         notes.append(f"Every stage was ended after {report['max_steps']} steps: the accuracies mean nothing.")
-    return _table(rows) + "\n\n" + "\n".join(notes)
+    return notes
 
 
 def _cell(arm: dict[str, Any], column: str) -> str:
     if "mean" not in arm:
         return NOTHING
-    spread = f" ± {100 * arm['standard_deviation'][column]:.1f}" if "standard_deviation" in arm else ""
+    low, high = arm["interval"][column]
+    spread = "" if low is None else f" ± {100 * (high - low) / 2:.1f}"
     return f"{100 * arm['mean'][column]:.1f}{spread}"
+
+
+def _difference_cell(arm: dict[str, Any]) -> str:
+    found = arm.get("difference")
+    if found is None:
+        return NOTHING
+    interval = "" if found["low"] is None else f" [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+    return f"{100 * found['value']:+.1f}{interval}"
 
 
 def _folders(report: dict[str, Any]) -> str:
@@ -126,12 +194,4 @@ def _folders(report: dict[str, Any]) -> str:
         for seed in arm["seeds"]:
             title = name if len(arm["seeds"]) == 1 else f"{name}, seed {seed['seed']}"
             rows.append([title, "yes" if seed["finished"] else "not yet", "not scored here", seed["folder"]])
-    return _table(rows) + "\n\nThe paper's benchmarks are no part of this program: run lmms-eval on these folders."
-
-
-def _table(rows: list[list[str]]) -> str:
-    """Columns side by side, the first to the left and the others to the right, a line below the first row."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    lines = ["  ".join([row[0].ljust(widths[0]), *cells[1:]]) for row, cells in zip(rows, padded, strict=True)]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return table(rows) + "\n\nThe paper's benchmarks are no part of this program: run lmms-eval on these folders."

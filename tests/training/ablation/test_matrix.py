@@ -96,6 +96,16 @@ def test_the_report_has_every_arm_and_says_what_it_is_worth(finished: tuple[Path
     assert all(f"\n{name} " in text for name in ARMS)
     assert "ended after 2 steps: the accuracies mean nothing" in text
     assert "70 test questions" in text
+    assert "minus PT-SFT" in text
+    for name in ("teacher", "DPT-DFT"):
+        found = report["arms"][name]["difference"]
+        means = [report["arms"][side]["mean"]["all"] for side in (name, "PT-SFT")]
+        assert found["from"] == "PT-SFT"
+        assert found["value"] == pytest.approx(means[0] - means[1])
+    teacher = report["arms"]["teacher"]["difference"]
+    assert 0 < teacher["low"] < teacher["value"] < teacher["high"]
+    assert f"teacher minus PT-SFT: {100 * teacher['value']:+.1f} points, 95 % interval" in text
+    assert "difference" not in report["arms"]["PT-SFT"]
     assert "PAPER" not in text
 
 
@@ -112,7 +122,26 @@ def test_seeds_have_folders_of_their_own_and_a_spread(finished: tuple[Path, dict
     assert arm["standard_deviation"]["all"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
     assert [len(report["arms"][name]["seeds"]) for name in ("teacher", "DPT-SFT")] == [1, 2]
     assert [seed["finished"] for seed in report["arms"]["DPT-SFT"]["seeds"]] == [True, False]
-    assert "±" in capsys.readouterr().out
+    low, high = arm["interval"]["all"]
+    assert low < arm["mean"]["all"] < high
+    half = 100 * (high - low) / 2
+    assert f"{100 * arm['mean']['all']:.1f} ± {half:.1f}" in capsys.readouterr().out
+
+
+def test_scores_of_another_world_or_without_answers_are_not_compared(finished: tuple[Path, dict[str, int]]) -> None:
+    root, _ = finished
+    file = root / "table4" / "scores.json"
+    before = file.read_text()
+    matrix = load_matrix("ablation/toy-table4", [f"root={root}", *SMALL_WORLD]).with_max_steps(2)
+    scores = json.loads(before)
+    del scores[str(root / "pt-dft")]["answers"]  # as an earlier version kept them
+    scores[str(root / "dpt-sft")]["stamp"][1] = {"other": "world"}
+    try:
+        file.write_text(json.dumps(scores))
+        arms = collect(matrix)["arms"]
+        assert [name for name, arm in arms.items() if "mean" in arm] == ["teacher", "PT-SFT", "DPT-DFT"]
+    finally:
+        file.write_text(before)
 
 
 def test_another_recipe_does_not_write_over_what_is_finished(

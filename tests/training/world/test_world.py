@@ -11,7 +11,7 @@ import pytest
 from switchkd.training.world.dataset import WorldSettings, is_written, picture_count, write_world
 from switchkd.training.world.questions import KINDS, caption, with_article
 from switchkd.training.world.scenes import COLOURS, DIGIT_SHARES, PICTURE_SIDE, Scene, Thing, draw, random_scene
-from switchkd.training.world.scoring import above, normalise, prior_by_kind, score
+from switchkd.training.world.scoring import above, difference, prior_by_kind, score
 from switchkd.training.world.vocabulary import SPECIAL_TOKENS, train_tokenizer, world_texts
 
 SETTINGS = WorldSettings(train_pictures=120, validation_questions=70, test_questions=1400)
@@ -204,6 +204,23 @@ def test_scores_by_kind_and_above_the_prior() -> None:
     assert result.prior == pytest.approx((2 * 0.5 + 3 * 2 / 3) / 5)
     assert result.above_prior == pytest.approx(0)
     assert above(1.0, 0.5) == 1
-    assert normalise(" The  Red circle. ") == "red circle"
+    assert result.intervals["all"][0] < 3 / 5 < result.intervals["all"][1]  # type: ignore[operator]
+    assert set(result.intervals) == {"all", "a", "b"}
     with pytest.raises(ValueError, match="1 answers for 5 records"):
         score(["yes"], rows)
+
+
+def test_differences_are_paired_by_picture() -> None:
+    rows = [
+        {"kind": "a", "image": f"{number // 2}.png", "conversations": [{"value": "?"}, {"value": "yes"}]}
+        for number in range(40)
+    ]
+    better, worse = ["yes"] * 40, ["yes"] * 36 + ["no"] * 4
+    found = difference([better], [worse], rows)
+    assert found.value == pytest.approx(0.1)
+    assert found.clusters == 20
+    # Two pictures of twenty differ by 2: SE² = 20/19 (2 (2 - 0.2)² + 18 0.2²) / 40².
+    assert found.standard_error == pytest.approx((20 / 19 * (2 * 1.8**2 + 18 * 0.2**2) / 1600) ** 0.5)
+    seeds = difference([better, better, better], [worse, better, worse], rows)
+    assert seeds.value == pytest.approx(0.2 / 3)
+    assert seeds.seeds == 3
