@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", help="which of the bundle's precisions (default: its first)")
     parser.add_argument("--threads", type=int, help="threads to compute with (default: one a core)")
     parser.add_argument(
+        "--no-prefill",
+        action="store_true",
+        help="do without the precision that reads pictures and prompts for this one, where the bundle has such: less "
+        "memory, and a slower first token",
+    )
+    parser.add_argument(
         "--prefixes",
         metavar="FOLDER",
         help="keep what the model made of the picture there, and begin with it the next time",
@@ -49,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
     """Answer one question; the errors in ERRORS are for people."""
     return_freed_blocks()
     sampling = Sampling(args.temperature, args.top_p, args.seed, args.top_k)
-    engine = Engine.open(args.bundle, args.precision, args.threads, prefix_folder=args.prefixes)
+    engine = Engine.open(
+        args.bundle, args.precision, args.threads, prefill=not args.no_prefill, prefix_folder=args.prefixes
+    )
     stream = engine.stream(
         as_text(args.question), [args.picture], max_new_tokens=args.max_new_tokens, sampling=sampling
     )

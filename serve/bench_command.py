@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", metavar="BUNDLE", help="folder made by `switchkd export`")
     parser.add_argument(
-        "--precision", action="append", help="measure this one too, in turns (default: the bundle's first; `all`)"
+        "--precision",
+        action="append",
+        help="measure this one too, in turns (default: the bundle's first; `all`: every one, and where another reads "
+        "pictures and prompts for it, also without that)",
     )
     parser.add_argument("--threads", type=int, help="threads to compute with (default: one a logical processor)")
     parser.add_argument("--rounds", type=int, default=5, help="pictures to ask about (default: 5)")
@@ -68,12 +71,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _bundle_commands(args: argparse.Namespace) -> dict[str, list[str]]:
     """The bundle's precisions as contenders, each in a process of its own."""
-    known = read_manifest(Path(args.bundle)).precisions
+    manifest = read_manifest(Path(args.bundle))
+    known = manifest.precisions
     chosen = args.precision or [known[0]]
-    precisions = list(dict.fromkeys(known if "all" in chosen else chosen))
+    everything = "all" in chosen
     word = [sys.executable, "-m", "switchkd.serve.bench.bundle", args.bundle]
     threads = ["--threads", str(args.threads)] if args.threads else []
-    return {f"switchkd {precision}": [*word, "--precision", precision, *threads] for precision in precisions}
+    commands = {}
+    for precision in dict.fromkeys(known if everything else chosen):
+        command = commands[f"switchkd {precision}"] = [*word, "--precision", precision, *threads]
+        if everything and manifest.prefill_of(precision) is not None:
+            commands[f"switchkd {precision} alone"] = [*command, "--no-prefill"]
+    return commands
 
 
 def _rival(word: str) -> tuple[str, list[str]]:

@@ -15,6 +15,7 @@ def main() -> int:
     parser.add_argument("bundle")
     parser.add_argument("--precision")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--no-prefill", action="store_true")
     args = parser.parse_args()
     return_freed_blocks()
     start = time.perf_counter()
@@ -26,11 +27,14 @@ def main() -> int:
     from ..engine.engine import Engine
 
     try:
-        engine = Engine.open(args.bundle, args.precision, args.threads)
+        engine = Engine.open(args.bundle, args.precision, args.threads, prefill=not args.no_prefill)
     except (BundleError, ConversationError) as error:
         write({"error": str(error)})
         return 1
+    reader = None if args.no_prefill else engine.bundle.prefill()
     about = {"precision": engine.bundle.precision, "onnxruntime": onnxruntime.__version__}
+    if reader is not None:
+        about["read by"] = reader.precision
     for request, answered in requests(time.perf_counter() - start, about):
         start = time.perf_counter()
         answer = engine.answer(request["question"], [request["picture"]], max_new_tokens=request["tokens"])

@@ -299,6 +299,25 @@ def test_it_answers_as_the_whole_bundle_does(lean: Path, bundle: Path, picture: 
     assert light.answer(QUESTION, [picture], max_new_tokens=NEW_TOKENS).tokens != answer.tokens
 
 
+def test_a_command_can_do_without_the_reader(
+    lean: Path, picture: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture.save(tmp_path / "picture.png")
+    words = ["ask", str(lean), str(tmp_path / "picture.png"), QUESTION, "--threads", "1", "--json"]
+    said = []
+    for prefill in (True, False):
+        assert main([*words, "--max-new-tokens", str(NEW_TOKENS), *([] if prefill else ["--no-prefill"])]) == 0
+        said.append(json.loads(capsys.readouterr().out)["tokens"])
+        engine = Engine.open(lean, threads=1, prefill=prefill)
+        assert said[-1] == list(engine.answer(QUESTION, [picture], max_new_tokens=NEW_TOKENS).tokens)
+    assert said[0] != said[1]
+    file = tmp_path / "report.json"
+    assert main(["bench", str(lean), "--precision", "all", "--rounds", "1", "--tokens", "2", "--json", str(file)]) == 0
+    about = {name: found["about"] for name, found in json.loads(file.read_text())["contenders"].items()}
+    assert list(about) == ["switchkd q4", "switchkd q4 alone"]
+    assert (about["switchkd q4"]["read by"], "read by" in about["switchkd q4 alone"]) == ("int8", False)
+
+
 def test_all_its_files_are_verified(lean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(lean)]) == 0
     out = capsys.readouterr().out

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration, TrainingArguments
 
 from switchkd.cli.main import main
+from switchkd.training.models.pathway import features_width
 from switchkd.training.models.vlm import ModelError, build_vlm, load_vlm, train_only
 from switchkd.training.recipe.recipe import load_recipe
 from switchkd.training.runs.stages import run_recipe
@@ -200,7 +201,7 @@ def test_dry_run_of_the_edge_recipe_bridges_two_widths(tmp_path: Path) -> None:
     assert recipe.teacher is not None
     run_recipe(recipe)
     student, teacher = load_vlm(tmp_path / "output" / "dft"), load_vlm(recipe.teacher.checkpoint)
-    widths = [vlm.model.config.vision_config.hidden_size for vlm in (student, teacher)]
+    widths = [features_width(vlm.model) for vlm in (student, teacher)]
     assert widths == [32, 48]
     assert [vlm.tokens_per_picture for vlm in (student, teacher)] == [4, 9]
     assert "encoder_adapter" in (tmp_path / "output" / "dft" / "recipe.yaml").read_text()
