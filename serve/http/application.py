@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from ..engine.sampling import Sampling, SamplingError
-from ..scheduling import Answering, Question, Scheduler, SchedulingError
+from ..scheduling import Answering, Piece, Question, Scheduler, SchedulingError
 from .access import Access, Receive, Scope, Send
 from .api_errors import (
     ApiError,
@@ -70,6 +70,7 @@ class _Wanted:
     model: str
     stream: bool
     includes_usage: bool
+    logprobs: bool
 
 
 class ClientLeft(Exception):
@@ -154,7 +155,8 @@ def _add_chat(app: FastAPI, models: Models, pictures: PictureSources, most_bytes
                 return _AnswerStream(wanted, answering, first)
             pieces = await _unless_gone(request, _collect(answering))
         assert answering.ended is not None
-        return JSONResponse(Completion(wanted.model).whole("".join([first or "", *pieces]), answering.ended))
+        pieces = [*([] if first is None else [first]), *pieces]
+        return JSONResponse(Completion(wanted.model, wanted.logprobs).whole(pieces, answering.ended))
 
     async def accept(request: Request) -> tuple[_Wanted, Answering]:
         """Submit what a request asks; its body and its pictures, which are large, are not kept here any longer."""
@@ -172,7 +174,8 @@ def _add_chat(app: FastAPI, models: Models, pictures: PictureSources, most_bytes
             stop=chat.stops,
             logprobs=chat.most_logprobs,
         )
-        return _Wanted(chat.model, bool(chat.stream), chat.includes_usage), scheduler.submit(question)
+        wanted = _Wanted(chat.model, bool(chat.stream), chat.includes_usage, bool(chat.logprobs))
+        return wanted, scheduler.submit(question)
 
 
 def _sampling(chat: ChatRequest) -> Sampling:
@@ -182,7 +185,7 @@ def _sampling(chat: ChatRequest) -> Sampling:
         raise ApiError(400, str(error), param=str(error).partition(" ")[0], code="invalid_value") from None
 
 
-async def _collect(answering: Answering) -> Sequence[str]:
+async def _collect(answering: Answering) -> Sequence[Piece]:
     return [piece async for piece in answering]
 
 
@@ -207,7 +210,7 @@ async def _wait_until_gone(request: Request) -> None:
 class _AnswerStream(StreamingResponse):
     """An answer as server-sent events; however the response ends, nothing is written for nobody."""
 
-    def __init__(self, wanted: _Wanted, answering: Answering, first: str | None) -> None:
+    def __init__(self, wanted: _Wanted, answering: Answering, first: Piece | None) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(_events(wanted, answering, first), headers=headers, media_type="text/event-stream")
         self._answering = answering
@@ -219,16 +222,16 @@ class _AnswerStream(StreamingResponse):
             self._answering.cancel()
 
 
-async def _events(wanted: _Wanted, answering: Answering, first: str | None) -> AsyncIterator[str]:
-    completion = Completion(wanted.model)
-    yield event(completion.chunk({"role": "assistant", "content": ""}))
+async def _events(wanted: _Wanted, answering: Answering, first: Piece | None) -> AsyncIterator[str]:
+    completion = Completion(wanted.model, wanted.logprobs)
+    yield event(completion.first_chunk())
     try:
         if first is not None:
-            yield event(completion.chunk({"content": first}))
+            yield event(completion.chunk(first))
             async for piece in answering:
-                yield event(completion.chunk({"content": piece}))
+                yield event(completion.chunk(piece))
         assert answering.ended is not None
-        yield event(completion.chunk({}, answering.ended.finish_reason))
+        yield event(completion.last_chunk(answering.ended))
         if wanted.includes_usage:
             yield event(completion.usage_chunk(answering.ended))
     except SchedulingError as error:
