@@ -109,6 +109,10 @@ class AnswerStream(Iterator[str]):
         """
         return next(self._pieces)
 
+    def settled_logprobs(self, start: int) -> Sequence[TokenLogprob]:
+        """Return the log-probabilities from the token `start` on of those whose text has been given in full."""
+        return self._logprobs[start : self._text.settled]
+
     @property
     def answer(self) -> Answer:
         """What has been answered so far; whole once the stream has ended."""

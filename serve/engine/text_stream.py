@@ -25,10 +25,13 @@ class TextStream:
         self._silent = {token for token, added in special if added.special}
         self._ids: list[int] = []  # of the text that may still change, behind one token before it
         self._before = self._given = ""  # what that one is decoded to; what was given of the text since
+        self._pushed = 0
+        self.settled = 0  # how many tokens have had all their text given
         self.text = ""
 
     def push(self, token: int) -> str:
         """Return the text that became certain with this token: "" while a character is incomplete."""
+        self._pushed += 1
         spelling = self._tokenizer.id_to_token(token)
         if spelling is None or token in self._silent:  # a model may have more rows than its tokenizer has tokens
             return ""
@@ -41,10 +44,12 @@ class TextStream:
             # What comes changes nothing before it; some decoders treat the first token of all in another way.
             self._ids = [token]
             self._before, self._given = self._tokenizer.decode(self._ids), ""
+            self.settled = self._pushed
         return piece
 
     def finish(self) -> str:
         """Return what was held back, without the character that the last token left incomplete."""
+        self.settled = self._pushed
         return self._give(self._tokenizer.decode(self._ids).rstrip(_INCOMPLETE))
 
     def _give(self, text: str) -> str:

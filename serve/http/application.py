@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from ..engine.sampling import Sampling, SamplingError
-from ..scheduling import Answering, Question, Scheduler, SchedulingError
+from ..scheduling import Answering, Piece, Question, Scheduler, SchedulingError
 from .access import Access, Receive, Scope, Send
+from .api_description import ANSWERED, ANY_ERROR, REQUEST_BODY, DescribedApplication, errors, json_response
 from .api_errors import (
     ApiError,
     from_scheduling,
@@ -34,6 +35,7 @@ from .request_body import read_json_body
 from .settings import ServerSettings, is_loopback
 
 Result = TypeVar("Result")
+Responses = dict[int | str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class _Wanted:
     model: str
     stream: bool
     includes_usage: bool
+    logprobs: bool
 
 
 class ClientLeft(Exception):
@@ -77,12 +80,15 @@ class ClientLeft(Exception):
 
 
 def build_application(
-    settings: ServerSettings, schedulers: Mapping[str, Scheduler], aliases: Mapping[str, str], metrics: Metrics
+    settings: ServerSettings,
+    schedulers: Mapping[str, Scheduler],
+    aliases: Mapping[str, str],
+    metrics: Metrics,
+    remote: RemotePictures | None = None,
 ) -> FastAPI:
-    """Put the server together; `aliases` are further names of the schedulers."""
-    app = FastAPI(title="switchkd", docs_url=None, redoc_url=None)  # their pages would load scripts from elsewhere
+    """Put the server together; `aliases` are further names of the schedulers, `remote` fetches pictures if any may."""
+    app = DescribedApplication(has_key=settings.api_key is not None)
     models = Models(schedulers, aliases, int(time.time()))
-    remote = RemotePictures(settings.body_bytes) if settings.allow_remote_pictures else None
     pictures = PictureSources(settings.max_pictures, settings.max_pixels, settings.body_bytes, remote)
     metrics.watch(schedulers)
     _add_chat(app, models, pictures, settings.body_bytes)
@@ -115,34 +121,42 @@ def _own_names_only(settings: ServerSettings) -> bool:
 
 
 def _add_watching(app: FastAPI, models: Models, metrics: Metrics) -> None:
-    @app.get("/health")
+    @app.get("/health", response_model=None, responses={200: json_response("Health", "The process lives.")})
     async def health() -> dict[str, str]:
         """The server's process lives."""
         return {"status": "ok"}
 
-    @app.get("/ready")
+    ready_responses: Responses = {
+        200: json_response("Readiness", "Every engine takes questions."),
+        503: json_response("Readiness", "An engine starts, or the server ends."),
+    }
+
+    @app.get("/ready", responses=ready_responses)
     async def ready() -> JSONResponse:
         """Every engine takes questions, or 503."""
         states = models.states()
         is_ready = all(state == "ready" for state in states.values())
         return JSONResponse({"ready": is_ready, "models": states}, 200 if is_ready else 503)
 
-    @app.get("/metrics")
+    metrics_text = {"description": "Counters.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses={200: metrics_text, **errors(401, 403)})
     async def show_metrics() -> Response:
         """Counters for Prometheus."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _add_chat(app: FastAPI, models: Models, pictures: PictureSources, most_bytes: int) -> None:
-    schema = ChatRequest.model_json_schema()
-    body = {"required": True, "content": {"application/json": {"schema": schema}}}
-
-    @app.get("/v1/models")
+    @app.get(
+        "/v1/models", response_model=None, responses={200: json_response("Models", "The names."), **errors(401, 403)}
+    )
     async def list_models() -> dict[str, Any]:
         """The names of what is served."""
         return models.listing()
 
-    @app.post("/v1/chat/completions", openapi_extra={"requestBody": body})
+    @app.post(
+        "/v1/chat/completions", openapi_extra={"requestBody": REQUEST_BODY}, responses={200: ANSWERED, **ANY_ERROR}
+    )
     async def complete(request: Request) -> Response:
         """Answer a chat, at once or as a stream."""
         wanted, answering = await accept(request)
@@ -154,7 +168,8 @@ def _add_chat(app: FastAPI, models: Models, pictures: PictureSources, most_bytes
                 return _AnswerStream(wanted, answering, first)
             pieces = await _unless_gone(request, _collect(answering))
         assert answering.ended is not None
-        return JSONResponse(Completion(wanted.model).whole("".join([first or "", *pieces]), answering.ended))
+        pieces = [*([] if first is None else [first]), *pieces]
+        return JSONResponse(Completion(wanted.model, wanted.logprobs).whole(pieces, answering.ended))
 
     async def accept(request: Request) -> tuple[_Wanted, Answering]:
         """Submit what a request asks; its body and its pictures, which are large, are not kept here any longer."""
@@ -166,13 +181,14 @@ def _add_chat(app: FastAPI, models: Models, pictures: PictureSources, most_bytes
         scheduler.check_room()
         question = Question(
             chat.engine_messages(),
-            await pictures.read(chat.picture_urls()),
+            await _unless_gone(request, pictures.read(chat.picture_urls())),
             max_new_tokens=chat.limit,
             sampling=_sampling(chat),
             stop=chat.stops,
             logprobs=chat.most_logprobs,
         )
-        return _Wanted(chat.model, bool(chat.stream), chat.includes_usage), scheduler.submit(question)
+        wanted = _Wanted(chat.model, bool(chat.stream), chat.includes_usage, bool(chat.logprobs))
+        return wanted, scheduler.submit(question)
 
 
 def _sampling(chat: ChatRequest) -> Sampling:
@@ -182,7 +198,7 @@ def _sampling(chat: ChatRequest) -> Sampling:
         raise ApiError(400, str(error), param=str(error).partition(" ")[0], code="invalid_value") from None
 
 
-async def _collect(answering: Answering) -> Sequence[str]:
+async def _collect(answering: Answering) -> Sequence[Piece]:
     return [piece async for piece in answering]
 
 
@@ -207,7 +223,7 @@ async def _wait_until_gone(request: Request) -> None:
 class _AnswerStream(StreamingResponse):
     """An answer as server-sent events; however the response ends, nothing is written for nobody."""
 
-    def __init__(self, wanted: _Wanted, answering: Answering, first: str | None) -> None:
+    def __init__(self, wanted: _Wanted, answering: Answering, first: Piece | None) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(_events(wanted, answering, first), headers=headers, media_type="text/event-stream")
         self._answering = answering
@@ -219,16 +235,16 @@ class _AnswerStream(StreamingResponse):
             self._answering.cancel()
 
 
-async def _events(wanted: _Wanted, answering: Answering, first: str | None) -> AsyncIterator[str]:
-    completion = Completion(wanted.model)
-    yield event(completion.chunk({"role": "assistant", "content": ""}))
+async def _events(wanted: _Wanted, answering: Answering, first: Piece | None) -> AsyncIterator[str]:
+    completion = Completion(wanted.model, wanted.logprobs)
+    yield event(completion.first_chunk())
     try:
         if first is not None:
-            yield event(completion.chunk({"content": first}))
+            yield event(completion.chunk(first))
             async for piece in answering:
-                yield event(completion.chunk({"content": piece}))
+                yield event(completion.chunk(piece))
         assert answering.ended is not None
-        yield event(completion.chunk({}, answering.ended.finish_reason))
+        yield event(completion.last_chunk(answering.ended))
         if wanted.includes_usage:
             yield event(completion.usage_chunk(answering.ended))
     except SchedulingError as error:

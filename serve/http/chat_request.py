@@ -138,8 +138,6 @@ class ChatRequest(_Strict):
             raise ValueError("max_tokens and max_completion_tokens are different; give one of them")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs goes with logprobs; set logprobs to true, or leave it out")
-        if self.logprobs and self.stream:
-            raise ValueError("logprobs is not supported in a stream yet; leave one of them out")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for streams; set stream to true, or leave it out")
         return self

@@ -56,6 +56,7 @@ class _Fetching:
     until: float
     is_allowed: Callable[[str], bool]
     connection: "_Connection | None" = None
+    is_left: bool = False
 
     def run(self) -> bytes:
         url = self.url
@@ -68,19 +69,26 @@ class _Fetching:
             except _FAULTS as error:
                 raise RemotePictureError(f"could not be fetched ({type(error).__name__})") from error
             finally:
-                self.close()
+                self._end_connection()
             if location is None:
                 return content
             url = urljoin(url, location)
         raise RemotePictureError(f"was redirected more than {MOST_REDIRECTS} times")
 
     def close(self) -> None:
+        """Wake the thread and let it end, whatever it is at."""
+        self.is_left = True
+        self._end_connection()
+
+    def _end_connection(self) -> None:
         connection = self.connection
         if connection is not None:
             connection.end()
 
     def _get(self, parts: SplitResult) -> tuple[bytes, str | None]:
-        self.connection = _Connection(parts, self._resolve(parts), self._left())
+        address = self._resolve(parts)
+        self.connection = _Connection(parts, address, self._left())
+        self._left()  # again: whoever leaves before this line does not see the connection
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         self.connection.request("GET", target, headers={"Accept": "image/*", "Accept-Encoding": "identity"})
         response = self.connection.getresponse()
@@ -110,7 +118,7 @@ class _Fetching:
 
     def _left(self) -> float:
         left = self.until - time.monotonic()
-        if left <= 0:
+        if left <= 0 or self.is_left:
             raise TimeoutError
         return left
 

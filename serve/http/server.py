@@ -21,6 +21,7 @@ from switchkd.export.contract.bundle import Bundle
 from ..scheduling import AnswerRefused, EngineOpening, Limits, Scheduler
 from .application import build_application
 from .metrics import Metrics
+from .remote_pictures import RemotePictures
 from .settings import ServerSettings, SettingsError
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,12 @@ def served_models(folders: Sequence[str], settings: ServerSettings) -> ServedMod
                 None if settings.prefix_folder is None else Path(settings.prefix_folder),
             )
             aliases.setdefault(name, f"{name}:{found}")
+    for name in aliases:
+        if name in openings:  # a bundle's folder is called as a precision of another one's
+            raise SettingsError(
+                f"{by_name[name]} has the name of {openings[name].bundle} in {openings[name].precision}, {name}; "
+                "rename one, callers ask by it"
+            )
     return ServedModels(openings, aliases)
 
 
@@ -144,7 +151,8 @@ async def _serve(
         name: Scheduler(opening, limits, partial(metrics.count_answer, name))
         for name, opening in models.openings.items()
     }
-    app = build_application(settings, schedulers, models.aliases, metrics)
+    remote = RemotePictures(settings.body_bytes) if settings.allow_remote_pictures else None
+    app = build_application(settings, schedulers, models.aliases, metrics, remote)
     config = uvicorn.Config(
         app,
         http="h11",

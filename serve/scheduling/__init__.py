@@ -10,7 +10,7 @@ from .failures import (
     SchedulingError,
     ShuttingDown,
 )
-from .messages import Ended, EngineOpening, Question
+from .messages import Ended, EngineOpening, Piece, Question, SaidToken
 from .scheduler import Answering, Limits, Scheduler
 
 __all__ = [
@@ -23,8 +23,10 @@ __all__ = [
     "EngineNotReady",
     "EngineOpening",
     "Limits",
+    "Piece",
     "Question",
     "QueueFull",
+    "SaidToken",
     "Scheduler",
     "SchedulingError",
     "ShuttingDown",

@@ -5,9 +5,9 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
@@ -74,6 +74,27 @@ class _Turn:
     ident: int
     stream: AnswerStream
     stops: StopTexts
+    read: int = 0  # characters that the engine has written
+    given: int = 0  # characters of them that were passed on
+    settled: int = 0  # tokens whose text has been read
+    said: int = 0  # tokens that were passed on
+    ends: deque[int] = field(default_factory=deque)  # of the settled ones in between: where in the text each ends
+
+    def heed(self, piece: str) -> None:
+        """Note what the engine has just written."""
+        self.read += len(piece)
+        new = len(self.stream.settled_logprobs(self.settled))
+        self.settled += new
+        self.ends.extend([self.read] * new)
+
+    def pass_on(self, text: str) -> Sequence[TokenLogprob]:
+        """Note that a text is passed on, and return the tokens that it brings to their end."""
+        self.given += len(text)
+        start = self.said
+        while self.ends and self.ends[0] <= self.given:
+            self.ends.popleft()
+            self.said += 1
+        return self.stream.settled_logprobs(start)[: self.said - start]
 
 
 @dataclass(frozen=True)
@@ -184,21 +205,24 @@ class EngineLoop:
             self._connection.send(Failed(turn.ident))
             return False
         except StopIteration:
-            if held := turn.stops.finish():
-                self._connection.send(Piece(turn.ident, held))
+            self._pass_on(turn, turn.stops.finish())
             self._end(turn, turn.stream.answer.finish_reason)
             return False
-        if text := turn.stops.push(piece):
-            self._connection.send(Piece(turn.ident, text))
+        turn.heed(piece)
+        self._pass_on(turn, turn.stops.push(piece))
         if turn.stops.found:
             self._end(turn, "stop")
         return not turn.stops.found
 
+    def _pass_on(self, turn: _Turn, text: str) -> None:
+        if text:
+            self._connection.send(Piece(turn.ident, text, tuple(map(self._said, turn.pass_on(text)))))
+
     def _end(self, turn: _Turn, finish_reason: str | None) -> None:
         answer = turn.stream.answer
         tokens = len(answer.tokens)
-        said = None if answer.logprobs is None else tuple(map(self._said, answer.logprobs))
-        self._connection.send(Ended(turn.ident, finish_reason, answer.prompt_tokens, tokens, answer.seconds, said))
+        rest = tuple(map(self._said, (answer.logprobs or ())[turn.said :]))
+        self._connection.send(Ended(turn.ident, finish_reason, answer.prompt_tokens, tokens, answer.seconds, rest))
 
     def _said(self, token: TokenLogprob) -> SaidToken:
         def text(ident: int) -> str:

@@ -69,11 +69,21 @@ class NotOpened:
 
 
 @dataclass(frozen=True)
+class SaidToken:
+    """A written token as text, the natural logarithm of its probability, and the likeliest ones in its place."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
 class Piece:
-    """A piece of an answer's text."""
+    """A piece of an answer's text, and the tokens whose text ends in it, where they were asked for."""
 
     ident: int
     text: str
+    said: tuple[SaidToken, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,15 +102,6 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class SaidToken:
-    """A written token as text, the natural logarithm of its probability, and the likeliest ones in its place."""
-
-    text: str
-    logprob: float
-    top: tuple[tuple[str, float], ...]
-
-
-@dataclass(frozen=True)
 class Ended:
     """An answer's end, for whatever reason (None: cancelled), what it took in tokens and where its time went."""
 
@@ -109,7 +110,7 @@ class Ended:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: Seconds = field(default_factory=Seconds)
-    logprobs: tuple[SaidToken, ...] | None = None  # where they were asked for
+    said: tuple[SaidToken, ...] = ()  # those that came with no piece: of a stop text, or of half a character
 
 
 ToEngine = Ask | Cancel

@@ -34,7 +34,7 @@ class Limits:
     deadline: float = 300.0
 
 
-class Answering(AsyncIterator[str]):
+class Answering(AsyncIterator[Piece]):
     """One accepted question: its answer's pieces as they come, or the SchedulingError that ended it."""
 
     def __init__(self, ident: int, question: Question, now: float, cancel: Callable[["Answering"], None]) -> None:
@@ -47,14 +47,14 @@ class Answering(AsyncIterator[str]):
         self.outcome: str | None = None  # None: not finished
         self.deadline: asyncio.TimerHandle | None = None
         self._cancel = cancel
-        self._events: asyncio.Queue[str | Ended | SchedulingError] = asyncio.Queue()
+        self._events: asyncio.Queue[Piece | Ended | SchedulingError] = asyncio.Queue()
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> str:
+    async def __anext__(self) -> Piece:
         event = await self._events.get()
-        if isinstance(event, str):
+        if isinstance(event, Piece):
             return event
         self._events.put_nowait(event)  # whoever asks again gets the same
         if isinstance(event, Ended):
@@ -65,11 +65,11 @@ class Answering(AsyncIterator[str]):
         """Let go of the answer: the engine takes no further step for it. Nothing happens where it has ended."""
         self._cancel(self)
 
-    def push(self, text: str, now: float) -> None:
+    def push(self, piece: Piece, now: float) -> None:
         """Hand a piece to the caller."""
         if self.outcome is None:
             self.first_piece = self.first_piece or now
-            self._events.put_nowait(text)
+            self._events.put_nowait(piece)
 
     def finish(self, event: Ended | SchedulingError, outcome: str) -> None:
         """End what the caller sees; what comes later is not for them."""
@@ -202,7 +202,7 @@ class Scheduler:
                 log.error("%s", message.message)
             case Piece():
                 if (answering := self._running.get(message.ident)) is not None:
-                    answering.push(message.text, asyncio.get_running_loop().time())
+                    answering.push(message, asyncio.get_running_loop().time())
             case Refused():
                 self._finish(message.ident, AnswerRefused(message.message))
             case Failed():

@@ -16,7 +16,7 @@ import pytest
 
 from switchkd.cli.main import main
 from switchkd.serve import serve_command
-from switchkd.serve.http import ServerSettings
+from switchkd.serve.http import ServerSettings, served_models
 from switchkd.serve.http.settings import flag, variable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +145,20 @@ def test_a_wrong_bundle_is_one_line(capsys: pytest.CaptureFixture[str], tiny_bun
     twin.symlink_to(tiny_bundle)
     error = mistake(capsys, str(tiny_bundle), f"{twin}/")
     assert f"{tiny_bundle} and {twin} have the same name" in error
+
+
+def test_a_folder_that_is_called_as_anothers_precision_is_one_line(
+    capsys: pytest.CaptureFixture[str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / f"{tiny_bundle.name}:int8"
+    other.symlink_to(tiny_bundle)
+    for order in ([tiny_bundle, other], [other, tiny_bundle]):
+        error = mistake(capsys, *map(str, order), "--precision", "fp32,int8")
+        assert f"{other} has the name of {tiny_bundle} in int8, bundle:int8; rename one" in error
+    # Where the other precision is not served, the names are different ones.
+    models = served_models([str(tiny_bundle), str(other)], ServerSettings(precision=("fp32",)))
+    assert [*models.aliases] == ["bundle", "bundle:int8"]
+    assert [*models.openings] == ["bundle:fp32", "bundle:int8:fp32"]
 
 
 def test_a_bundle_that_the_engine_finds_wrong_is_one_line(tiny_bundle: Path, tmp_path: Path) -> None:

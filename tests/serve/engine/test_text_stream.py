@@ -25,9 +25,14 @@ def byte_tokenizer() -> Tokenizer:
 
 def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     stream = TextStream(tokenizer)
-    result = [stream.push(token) for token in ids]
+    result = []
+    for token in ids:
+        result.append(stream.push(token))
+        # What counts as settled has been given to its end, whatever may come.
+        assert stream.text.startswith(tokenizer.decode(ids[: stream.settled]))
     result.append(stream.finish())
     assert "".join(result) == stream.text
+    assert stream.settled == len(ids)
     return result
 
 
@@ -121,6 +126,15 @@ def test_any_tokens_give_the_decoded_text_once(make: Callable[[], Tokenizer]) ->
             else:
                 ids.append(source.choice(some if kind == 1 or not likely else likely))
         assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def test_tokens_are_settled_when_their_text_is_given(byte_tokenizer: Tokenizer) -> None:
+    stream = TextStream(byte_tokenizer)
+    settled = []
+    for token in byte_tokenizer.encode("aé<|im_end|>😀b").ids:
+        stream.push(token)
+        settled.append(stream.settled)
+    assert settled == [1, 1, 3, 3, 3, 3, 3, 8, 9]
 
 
 def test_words_do_not_wait_for_one_another() -> None:

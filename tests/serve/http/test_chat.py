@@ -239,6 +239,42 @@ def test_log_probabilities_are_the_engines(server: Server, engine: Engine) -> No
     assert create(model="bundle", messages=chat("Hi"), max_tokens=6).choices[0].logprobs is None
 
 
+@pytest.mark.parametrize("question", ["é ü", QUESTIONS[0], QUESTIONS[2]])
+@pytest.mark.parametrize("cut", [None, (3, 5), (9, 13), (12, 14)])
+def test_log_probabilities_in_a_stream_come_with_their_text(
+    server: Server, engine: Engine, question: str, cut: tuple[int, int] | None
+) -> None:
+    expected = engine.answer(question, max_new_tokens=60, logprobs=2)
+    # A stop text that lies across pieces: what is held back for it brings its tokens when it is let go.
+    stop = None if cut is None else [expected.text[slice(*cut)], expected.text[-2:] + "no"]
+    request: dict[str, Any] = {"model": "bundle", "messages": chat(question), "max_tokens": 60, "stop": stop}
+    create = server.client().chat.completions.create
+    whole = create(**request, logprobs=True, top_logprobs=2).choices[0]
+    assert whole.logprobs is not None
+    assert whole.logprobs.content is not None
+    told: list[Any] = []
+    said = ""
+    for chunk in create(**request, logprobs=True, top_logprobs=2, stream=True):
+        (choice,) = chunk.choices
+        said += choice.delta.content or ""
+        told += choice.logprobs.content if choice.logprobs else []
+        if choice.delta.content:
+            assert choice.logprobs is not None
+            # The tokens told so far are those whose text has been said: none before it, and none long behind it.
+            told_text = engine.tokenizer.decode(expected.tokens[: len(told)])
+            next_text = engine.tokenizer.decode(expected.tokens[: len(told) + 1])
+            assert said.startswith(told_text)
+            # But for one that was half a character by itself: it comes with the tokens that made it text.
+            unfinished = next_text.endswith("\N{REPLACEMENT CHARACTER}")
+            assert unfinished or next_text == told_text or not said.startswith(next_text)
+    assert said == whole.message.content
+    assert told == whole.logprobs.content
+    assert [each.logprob for each in told] == [each.logprob for each in (expected.logprobs or ())[: len(told)]]
+    assert len(told) == len(expected.tokens) if cut is None else 0 < len(told) < len(expected.tokens)
+    without = create(**request, stream=True)
+    assert [chunk.choices[0].logprobs for chunk in without if chunk.choices[0].logprobs] == []
+
+
 def test_what_changes_no_answer_may_be_sent(server: Server) -> None:
     nothing = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": False, "stop": None, "user": "ada"}
     answer = server.client().chat.completions.create(

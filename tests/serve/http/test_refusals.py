@@ -62,7 +62,6 @@ def test_a_parameter_that_is_not_followed_is_named(server: Server, parameter: st
 @pytest.mark.parametrize(
     ("changes", "param", "message"),
     [
-        ({"logprobs": True, "stream": True}, None, "logprobs is not supported in a stream yet"),
         ({"top_logprobs": 3}, None, "set logprobs to true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"n": 2}, "n", "1"),

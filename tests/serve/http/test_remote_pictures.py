@@ -6,17 +6,24 @@ import asyncio
 import io
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
+import uvicorn
 from PIL import Image
 
+from switchkd.serve.http import ServerSettings, build_application
 from switchkd.serve.http.api_errors import ApiError
+from switchkd.serve.http.metrics import Metrics
 from switchkd.serve.http.picture_sources import PictureSources
 from switchkd.serve.http.public_addresses import is_public
 from switchkd.serve.http.remote_pictures import RemotePictureError, RemotePictures
+from switchkd.serve.http.server import listen
+from switchkd.serve.scheduling import EngineOpening, Limits, Scheduler
 
 if TYPE_CHECKING:
     from tests.serve.http.conftest import Server
@@ -273,6 +280,53 @@ def test_a_server_that_never_ends_is_left() -> None:
     with listener("127.0.0.2", answer) as (port, _), pytest.raises(RemotePictureError, match=r"in time|within"):
         fetch(f"http://127.0.0.2:{port}/", seconds=0.3)
     stop.set()
+
+
+def test_a_caller_that_leaves_stops_the_fetch(long_bundle: Path) -> None:
+    """Of a server that would never answer, within a limit of minutes: only the caller's leaving can end it."""
+    remote = RemotePictures(10_000, 250.0, is_allowed=lambda address: address == "127.0.0.2")
+    parts = [{"type": "image_url", "image_url": {"url": "PLACE"}}]
+    body = {"model": "long", "messages": [{"role": "user", "content": parts}]}
+
+    async def work() -> None:
+        left = asyncio.Event()
+
+        async def keep_waiting(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while await reader.read(65536):
+                pass
+            left.set()
+            writer.close()
+
+        far = await asyncio.start_server(keep_waiting, "127.0.0.2", 0)
+        parts[0]["image_url"] = {"url": f"http://127.0.0.2:{far.sockets[0].getsockname()[1]}/"}
+        async with far, application(long_bundle, remote) as (url, metrics), httpx.AsyncClient() as client:
+            for _ in range(10):  # more than there are places to fetch at a time
+                left.clear()
+                with pytest.raises(httpx.ReadTimeout):
+                    await client.post(f"{url}/v1/chat/completions", json=body, timeout=httpx.Timeout(9, read=0.2))
+                await left.wait()
+            assert 'switchkd_requests_total{route="/v1/chat/completions",status="499"} 10.0' in metrics.text().decode()
+
+    asyncio.run(work())
+
+
+@asynccontextmanager
+async def application(bundle: Path, remote: RemotePictures) -> AsyncIterator[tuple[str, Metrics]]:
+    """The server in this process, with its fetching made by the test."""
+    metrics = Metrics()
+    scheduler = Scheduler(EngineOpening(bundle, "fp32", 1), Limits(), lambda _: None)
+    life = asyncio.create_task(scheduler.run())
+    app = build_application(ServerSettings(), {"long": scheduler}, {}, metrics, remote)
+    listening = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+    web = asyncio.create_task(server.serve(sockets=[listening]))
+    try:
+        await scheduler.opened
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", metrics
+    finally:
+        server.should_exit = True
+        scheduler.close()
+        await asyncio.gather(web, life)
 
 
 def test_what_came_from_outside_is_a_picture_or_refused(closed_server: Server) -> None:

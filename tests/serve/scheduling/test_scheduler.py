@@ -46,7 +46,7 @@ async def scheduling(bundle: Path, **limits: float) -> AsyncIterator[tuple[Sched
 
 
 async def text(answering: Answering) -> str:
-    return "".join([piece async for piece in answering])
+    return "".join([piece.text async for piece in answering])
 
 
 def test_answers_take_turns_and_a_fault_of_one_is_no_fault_of_others(long_bundle: Path) -> None:
