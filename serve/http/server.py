@@ -56,6 +56,7 @@ def served_models(folders: Sequence[str], settings: ServerSettings) -> ServedMod
                 settings.log_level,
                 settings.prefix_memory,
                 None if settings.prefix_folder is None else Path(settings.prefix_folder),
+                prefill=not settings.no_prefill,
             )
             aliases.setdefault(name, f"{name}:{found}")
     for name in aliases:

@@ -50,6 +50,7 @@ class ServerSettings:
     port: int = _flag(int, 8000, "PORT", "port to listen at; 0 takes a free one")
     precision: tuple[str, ...] = _flag(_list, (), "P,P", "precisions to serve of each bundle (default: its first)")
     threads: int | None = _flag(int, None, "N", "threads that an engine computes with (default: one a core)")
+    no_prefill: bool = _flag(_switch, False, "", "do without the precision that reads for another: less memory")
     prefix_memory: int = _flag(int, PREFIX_MEMORY, "MIB", "memory for what an engine made of pictures; 0 keeps nothing")
     prefix_folder: str | None = _flag(str, None, "FOLDER", "keep it in files too, for when the server starts again")
     parallel: int = _flag(int, 4, "N", "answers that an engine writes at a time, in turns")

@@ -54,6 +54,7 @@ def run_engine(connection: "Connection[FromEngine, ToEngine]", opening: EngineOp
             opening.bundle,
             opening.precision,
             opening.threads,
+            prefill=opening.prefill,
             prefix_memory=opening.prefix_memory,
             prefix_folder=opening.prefix_folder,
         )

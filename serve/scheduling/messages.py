@@ -21,6 +21,7 @@ class EngineOpening:
     log_level: str = "warning"
     prefix_memory: int = PREFIX_MEMORY
     prefix_folder: Path | None = None
+    prefill: bool = True
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from switchkd.export.contract.pixels import to_pixels
 from switchkd.export.verification.graph_runner import GraphRunner, ShapeError, ValuesError, exercise
 from switchkd.export.verification.parity import sample_prompts
 from switchkd.serve import Engine
+from switchkd.serve.http.server import served_models
+from switchkd.serve.http.settings import ServerSettings
 
 QUESTION = "How many red circles are there?"
 NEW_TOKENS = 12
@@ -311,6 +313,11 @@ def test_a_command_can_do_without_the_reader(
         engine = Engine.open(lean, threads=1, prefill=prefill)
         assert said[-1] == list(engine.answer(QUESTION, [picture], max_new_tokens=NEW_TOKENS).tokens)
     assert said[0] != said[1]
+    opening = served_models([str(lean)], ServerSettings(no_prefill=True)).openings["bundle:q4"]
+    assert (opening.prefill, served_models([str(lean)], ServerSettings()).openings["bundle:q4"].prefill) == (
+        False,
+        True,
+    )
     file = tmp_path / "report.json"
     assert main(["bench", str(lean), "--precision", "all", "--rounds", "1", "--tokens", "2", "--json", str(file)]) == 0
     about = {name: found["about"] for name, found in json.loads(file.read_text())["contenders"].items()}
