@@ -45,12 +45,12 @@ types: $(INSTALLED_DEV)
 	$(BIN)/mypy
 
 # Node runs the bundles as browsers and phones will. Where there is none, those tests say that they were skipped.
-javascript: $(JAVASCRIPT) ## Install transformers.js for the tests, if there is Node.js
+javascript: $(JAVASCRIPT) ## Install transformers.js and OpenAI's client for the tests, if there is Node.js
 
 $(JAVASCRIPT): tests/javascript/package-lock.json
 	@mkdir -p $(@D)
 	@if command -v npm >/dev/null; then \
-		echo "installing transformers.js for the tests"; \
+		echo "installing transformers.js and OpenAI's client for the tests"; \
 		cd tests/javascript && npm ci --silent --ignore-scripts; \
 	else \
 		echo "make: there is no npm, so the tests in tests/javascript are skipped"; \
