@@ -208,6 +208,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
     parser.add_argument("--tiny", action="store_true", help="the same kind of model, small: tries this script itself")
     parser.add_argument("--folder", type=Path, help="where checkpoint and bundle are written for the while")
+    parser.add_argument("--checkpoint", type=Path, metavar="OUT", help="write the checkpoint there, and nothing else")
     parser.add_argument("--dtype", default=",".join(PRECISIONS), help="precisions (default: %(default)s)")
     parser.add_argument("--decoder", choices=list(DECODERS), default="portable", help="(default: %(default)s)")
     parser.add_argument(
@@ -220,6 +221,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write what was found here too")
     args = parser.parse_args()
+    if args.checkpoint is not None:
+        make_checkpoint(args.shape, args.tiny, args.checkpoint)
+        return 0
     context = multiprocessing.get_context("spawn")
     if args.folder is not None:
         args.folder.mkdir(parents=True, exist_ok=True)
