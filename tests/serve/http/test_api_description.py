@@ -68,6 +68,12 @@ def test_the_errors_are_those_of_the_page() -> None:
     assert {str(status) for status in said - {405}} == described_statuses  # 405: there is no such operation
 
 
+def test_a_stream_is_no_text_of_json() -> None:
+    answered = described()["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
+    assert answered["application/json"] == {"schema": {"$ref": "#/components/schemas/Completion"}}
+    assert answered["text/event-stream"] == {}
+
+
 def test_the_key_is_asked_for_where_there_is_one() -> None:
     paths = described(api_key="secret")["paths"]
     assert {path for path, operations in paths.items() if all("security" in each for each in operations.values())} == {
