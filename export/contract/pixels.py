@@ -3,7 +3,6 @@
 Shapes in names: C channels, H height, W width, V values of a byte.
 """
 
-import io
 import math
 import struct
 import warnings
@@ -15,7 +14,9 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+
+from .picture_bounds import BoundedFile
 
 # What a person's picture comes in. Pillow reads more, but some of it (EPS) starts other programs.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
@@ -40,6 +41,15 @@ MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb: 256 
 
 Picture = str | Path | bytes | Image.Image  # a path, a file's bytes, or what Pillow opened or made
 
+_TURNS = {  # what makes a picture upright, by the number that EXIF has for its orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _READ_AS = {*FORMATS, "MPO"}  # what Pillow calls them once opened: MPO is a JPEG with further pictures behind it
 # What Pillow's readers raise on damaged data.
 _BROKEN = (
@@ -185,13 +195,14 @@ def decode(picture: Image.Image, source: Picture) -> Image.Image:
         raise PictureError(f"{name}: damaged ({_one_line(error)}); save it again as PNG or JPEG") from error
 
 
-def open_header(source: str | Path | bytes) -> Image.Image:
+def open_header(source: str | Path | bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Open a picture without decoding it: `format` and `size` are known. Raises PictureError as `open_picture` does."""
     name = _name(source)
+    file = BoundedFile(source) if isinstance(source, bytes) else source
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+            picture = Image.open(file, formats=formats)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise _too_large(name) from None
     except FileNotFoundError:
@@ -210,6 +221,8 @@ def open_header(source: str | Path | bytes) -> Image.Image:
     except PictureTooLarge:
         picture.close()
         raise
+    if isinstance(file, BoundedFile):
+        file.allow_decoding()
     return picture
 
 
@@ -250,10 +263,12 @@ def _one_line(error: BaseException) -> str:
 
 
 def _upright(picture: Image.Image) -> Image.Image:
+    # Not by ImageOps, which writes the notes anew, of whatever size they are.
     try:
-        return ImageOps.exif_transpose(picture)
+        turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except _BROKEN:
-        return picture  # the picture was read; only the note about its orientation is damaged
+        turn = None  # the picture was read; only the note about its orientation is damaged
+    return picture.copy() if turn is None else picture.transpose(turn)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

@@ -1,5 +1,6 @@
 """What /openapi.json says of the routes: the request, every kind of response, and the key."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -74,15 +75,16 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 ANSWERED = json_response("Completion", "The answer, or a stream of `chat.completion.chunk` events ended by [DONE].")
-ANSWERED["content"]["text/event-stream"] = {"schema": _TEXT}
+ANSWERED["content"]["text/event-stream"] = {}  # OpenAPI 3.1 has no words for events
 ANY_ERROR = errors(*_ERROR_WORDS)
 
 
 class DescribedApplication(FastAPI):
-    """An application whose document holds what its routes refer to, and the key where one is asked for."""
+    """An application whose document holds what its routes refer to: models by name, the key where one is asked for."""
 
-    def __init__(self, *, has_key: bool) -> None:
+    def __init__(self, models: Sequence[str], *, has_key: bool) -> None:
         super().__init__(title="switchkd", docs_url=None, redoc_url=None)  # their pages would load scripts
+        self._models = models
         self._has_key = has_key
 
     def openapi(self) -> dict[str, Any]:
@@ -90,6 +92,8 @@ class DescribedApplication(FastAPI):
         if self.openapi_schema is None:
             document = super().openapi()
             request = ChatRequest.model_json_schema(ref_template=_SCHEMAS + "{model}")
+            if self._models:
+                request["properties"]["model"]["enum"] = list(self._models)
             components = document.setdefault("components", {})
             components["schemas"] = {**request.pop("$defs"), "ChatRequest": request, **_ANSWERS}
             if self._has_key:

@@ -50,14 +50,18 @@ class Models:
         """The engine of a name; raises ApiError (404)."""
         scheduler = self.schedulers.get(self.aliases.get(name, name))
         if scheduler is None:
-            known = ", ".join([*self.aliases, *self.schedulers])
+            known = ", ".join(self.names())
             raise ApiError(404, f"there is no such model; there are {known}", param="model", code="model_not_found")
         return scheduler
 
+    def names(self) -> list[str]:
+        """What callers may ask for."""
+        return [*self.aliases, *self.schedulers]
+
     def listing(self) -> dict[str, Any]:
         """The names, as OpenAI lists models."""
-        names = [*self.aliases, *self.schedulers]
-        data = [{"id": name, "object": "model", "created": self.created, "owned_by": "switchkd"} for name in names]
+        facts = {"object": "model", "created": self.created, "owned_by": "switchkd"}
+        data = [{"id": name, **facts} for name in self.names()]
         return {"object": "list", "data": data}
 
     def states(self) -> dict[str, str]:
@@ -87,8 +91,8 @@ def build_application(
     remote: RemotePictures | None = None,
 ) -> FastAPI:
     """Put the server together; `aliases` are further names of the schedulers, `remote` fetches pictures if any may."""
-    app = DescribedApplication(has_key=settings.api_key is not None)
     models = Models(schedulers, aliases, int(time.time()))
+    app = DescribedApplication(models.names(), has_key=settings.api_key is not None)
     pictures = PictureSources(settings.max_pictures, settings.max_pixels, settings.body_bytes, remote)
     metrics.watch(schedulers)
     _add_chat(app, models, pictures, settings.body_bytes)

@@ -113,10 +113,11 @@ class ChatRequest(_Strict):
     messages: Annotated[list[AnyMessage], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None  # not among OpenAI's: the engine's own
-    seed: int | None = None
+    # The engine checks these; programs that read /openapi.json learn the ranges.
+    temperature: Annotated[float | None, Field(json_schema_extra={"minimum": 0, "maximum": 100})] = None
+    top_p: Annotated[float | None, Field(json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})] = None
+    top_k: Annotated[int | None, Field(json_schema_extra={"minimum": 0})] = None  # not among OpenAI's
+    seed: Annotated[int | None, Field(json_schema_extra={"minimum": 0})] = None
     stop: StopTexts | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

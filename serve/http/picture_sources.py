@@ -5,13 +5,17 @@ import base64
 import binascii
 from collections.abc import Sequence
 
+from PIL import Image
+
 from switchkd.export.contract.pixels import PictureError, open_header
 
 from .api_errors import ApiError
 from .remote_pictures import RemotePictureError, RemotePictures
 
-# By what the file is, whatever it is called; MPO is a JPEG with further pictures behind it.
-FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP", "AVIF": "AVIF"}
+# By what the file is, whatever it is called.
+FORMATS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP", "AVIF": "AVIF"}
+_OTHERS = ("TIFF", "ICO", "JPEG2000", "PPM", "DIB")  # that are known by how they begin
+LONGEST_SIDE = 65_535  # what a JPEG can have; every row takes memory of its own
 
 
 class PictureSources:
@@ -58,16 +62,31 @@ class PictureSources:
             raise PictureError(f"the picture {error}; send it as a data: URI") from None
 
     def _check(self, content: bytes) -> None:
-        with open_header(content) as picture:
-            kind, (width, height) = picture.format, picture.size
-        if kind not in FORMATS:
-            known = ", ".join(dict.fromkeys(FORMATS.values()))
+        # Others are not opened at all: the header of a TIFF may be as large as the file, an icon is decoded with it.
+        if (kind := other_format(content)) is not None:
+            known = ", ".join(FORMATS.values())
             raise PictureError(f"the picture is {kind}, expected one of {known}; save it as PNG or JPEG")
+        with open_header(content, tuple(FORMATS)) as picture:
+            width, height = picture.size
+        if max(width, height) > LONGEST_SIDE:
+            raise PictureError(
+                f"the picture has {width} x {height} pixels, a side more than {LONGEST_SIDE:,}; scale it down first"
+            )
         if width * height > self._most_megapixels * 1e6:
             raise PictureError(
                 f"the picture has {width} x {height} pixels, more than {self._most_megapixels:g} megapixels; scale it "
                 "down first"
             )
+
+
+def other_format(content: bytes) -> str | None:
+    """The name of a picture's format where it is known and not taken, by its first bytes alone."""
+    Image.init()
+    for kind in _OTHERS:
+        _, accept = Image.OPEN[kind]
+        if accept is not None and len(content) > 16 and accept(content[:16]) is True:
+            return kind
+    return None
 
 
 def decode_data_uri(url: str) -> bytes:

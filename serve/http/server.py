@@ -17,6 +17,7 @@ from typing import Any
 import uvicorn
 
 from switchkd.export.contract.bundle import Bundle
+from switchkd.export.contract.picture_bounds import bound_pillow
 
 from ..scheduling import AnswerRefused, EngineOpening, Limits, Scheduler
 from .application import build_application
@@ -74,6 +75,7 @@ def serve(models: ServedModels, settings: ServerSettings, announce: Callable[[st
     Raises SettingsError where nothing can listen there, or a bundle turns out not to open.
     """
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    bound_pillow()
     logging.getLogger("uvicorn.access").addFilter(_without_query)
     with listen(settings.host, settings.port) as server_socket:
         asyncio.run(_serve(models, settings, server_socket, announce))

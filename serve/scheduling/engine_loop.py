@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 
 from switchkd.export.contract.bundle import BundleError
+from switchkd.export.contract.picture_bounds import bound_pillow
 from switchkd.export.contract.pixels import PictureError
 from switchkd.export.contract.prompt import PromptError
 from switchkd.export.process.memory import return_freed_blocks
@@ -49,6 +50,7 @@ def run_engine(connection: "Connection[FromEngine, ToEngine]", opening: EngineOp
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=opening.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     return_freed_blocks()
+    bound_pillow()
     try:
         engine = Engine.open(
             opening.bundle,

@@ -34,6 +34,8 @@ def references(node: Any) -> Iterator[str]:
 def test_every_reference_leads_somewhere(server: Server) -> None:
     with server.http() as http:
         document = http.get("/openapi.json").json()
+    names = document["components"]["schemas"]["ChatRequest"]["properties"]["model"].pop("enum")
+    assert names == ["bundle", "long", "bundle:fp32", "bundle:int8", "long:fp32", "long:int8"]
     assert document == described()
     found = set(references(document))
     assert {"#/components/schemas/ChatRequest", "#/components/schemas/ImagePart"} <= found
@@ -52,6 +54,10 @@ def test_the_request_is_described_field_by_field() -> None:
     assert request["required"] == ["model", "messages"]
     assert request["additionalProperties"] is False
     assert request["properties"]["top_logprobs"]["anyOf"][0] == {"type": "integer", "minimum": 0, "maximum": 20}
+    ranges = {name: {**request["properties"][name]} for name in ("temperature", "top_p", "top_k", "seed")}
+    assert ranges["temperature"].items() >= {"minimum": 0, "maximum": 100}.items()
+    assert ranges["top_p"].items() >= {"exclusiveMinimum": 0, "maximum": 1}.items()
+    assert ranges["top_k"]["minimum"] == ranges["seed"]["minimum"] == 0
     assert schemas["ImagePart"]["properties"]["image_url"] == {"$ref": "#/components/schemas/ImageUrl"}
 
 
@@ -60,6 +66,12 @@ def test_the_errors_are_those_of_the_page() -> None:
     said = {int(status) for status in re.findall(r"^\| (\d{3}) \|", page, re.MULTILINE)}
     described_statuses = set(described()["paths"]["/v1/chat/completions"]["post"]["responses"]) - {"200"}
     assert {str(status) for status in said - {405}} == described_statuses  # 405: there is no such operation
+
+
+def test_a_stream_is_no_text_of_json() -> None:
+    answered = described()["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
+    assert answered["application/json"] == {"schema": {"$ref": "#/components/schemas/Completion"}}
+    assert answered["text/event-stream"] == {}
 
 
 def test_the_key_is_asked_for_where_there_is_one() -> None:

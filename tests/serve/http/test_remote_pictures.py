@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from benchmarks.serve.hostile_addresses import HOSTILE_ADDRESSES
 from switchkd.serve.http import ServerSettings, build_application
 from switchkd.serve.http.api_errors import ApiError
 from switchkd.serve.http.metrics import Metrics
@@ -28,66 +29,6 @@ from switchkd.serve.scheduling import EngineOpening, Limits, Scheduler
 if TYPE_CHECKING:
     from tests.serve.http.conftest import Server
 
-# {port} is where a listener of this machine counts who comes.
-SPELLINGS = [
-    "http://127.0.0.1:{port}/a.png",
-    "https://127.0.0.1:{port}/a.png",
-    "HTTP://127.0.0.1:{port}/a.png",
-    "http://localhost:{port}/",
-    "http://LOCALHOST:{port}/",
-    "http://localhost.:{port}/",
-    "http://127.0.0.1.:{port}/",
-    "http://127.1:{port}/",
-    "http://127.0.1:{port}/",
-    "http://127.255.255.254:{port}/",
-    "http://2130706433:{port}/",
-    "http://0x7f000001:{port}/",
-    "http://0x7f.0.0.1:{port}/",
-    "http://0177.0.0.1:{port}/",
-    "http://017700000001:{port}/",
-    "http://0:{port}/",
-    "http://0.0.0.0:{port}/",
-    "http://[::1]:{port}/",
-    "http://[::]:{port}/",
-    "http://[0:0:0:0:0:0:0:1]:{port}/",
-    "http://[::ffff:127.0.0.1]:{port}/",
-    "http://[::ffff:7f00:1]:{port}/",
-    "http://[::127.0.0.1]:{port}/",
-    "http://[64:ff9b::7f00:1]:{port}/",
-    "http://[64:ff9b:1::7f00:1]:{port}/",
-    "http://[2002:7f00:1::]:{port}/",
-    "http://[2001:0:7f00:1::80ff:fffe]:{port}/",
-    "http://[fe80::1%25lo]:{port}/",
-    "http://[::1%25lo]:{port}/",
-    "http://user@127.0.0.1:{port}/",
-    "http://example.org@127.0.0.1:{port}/",
-    "http://127.0.0.1:{port}@example.org/",
-    "http://127.0.0.1:{port}#@example.org/",
-    "http://127.0.0.1:{port}\\@example.org/",
-    "http:\\\\127.0.0.1:{port}\\",
-    "http://%31%32%37.0.0.1:{port}/",
-    "http://127.0.0.1%00.example.org:{port}/",
-    "http://①②⑦.⓪.⓪.①:{port}/",
-    "http://127。0。0。1:{port}/",
-    "http://ⓛocalhost:{port}/",
-    "http:///127.0.0.1:{port}/",
-    "http:127.0.0.1:{port}/",
-    "//127.0.0.1:{port}/",
-    " http://127.0.0.1:{port}/",
-    "http://127.0.0.1:{port}/\r\nHost: example.org",
-    "\thttp://127.0.0.1:{port}/",
-    "ht\ntp://127.0.0.1:{port}/",
-    "http://127.0.0.1:0{port}/",
-    "ftp://127.0.0.1:{port}/a.png",
-    "gopher://127.0.0.1:{port}/_GET",
-    "ws://127.0.0.1:{port}/",
-    "dict://127.0.0.1:{port}/",
-    "unix:///var/run/docker.sock",
-    "file:///etc/passwd",
-    "file://127.0.0.1:{port}/etc/passwd",
-    "url:http://127.0.0.1:{port}/",
-    "jar:http://127.0.0.1:{port}/!/",
-]
 INSIDE = [
     "0.0.0.0",
     "0.1.2.3",
@@ -188,14 +129,14 @@ def listener(address: str, answer: Callable[[int], bytes] = lambda _: b"") -> It
 
 def test_no_spelling_leads_to_this_machine(closed_server: Server) -> None:
     with listener("127.0.0.1") as (port, heads), closed_server.http() as http:
-        for spelling in SPELLINGS:
+        for spelling in HOSTILE_ADDRESSES:
             url = spelling.format(port=port)
             messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
             response = http.post("/v1/chat/completions", json={"model": "long", "messages": messages, "max_tokens": 1})
             assert response.status_code == 400, spelling
             assert response.json()["error"]["code"] == "invalid_picture", spelling
         assert heads == []
-    assert len(SPELLINGS) > 50
+    assert len(HOSTILE_ADDRESSES) > 50
 
 
 def test_which_addresses_are_public() -> None:
