@@ -17,6 +17,8 @@ import httpx
 
 from .server_under_test import AT_ONCE, QUESTIONS, Callers, Server, asked, expected_answers, running
 
+SLOW_TOKENS = 60  # of a stream that is read slowly: more than its reader takes in while it is measured
+
 
 async def many_requests(bundle: Path, requests: int) -> tuple[bool, str]:
     """Many, AT_ONCE at a time, a third with pictures: all answered, none with another's answer, memory bounded."""
@@ -87,6 +89,8 @@ async def terminated(bundle: Path, streams: int) -> tuple[bool, str]:
                     last = line
             except httpx.HTTPError as error:
                 return type(error).__name__
+            if '"code":"shutting_down"' in last:
+                return "refused"  # it came after the signal
             return "done" if last == "data: [DONE]" else f"ended by {last[:60]}"
 
         reading = [asyncio.create_task(read(number)) for number in range(streams)]
@@ -94,8 +98,7 @@ async def terminated(bundle: Path, streams: int) -> tuple[bool, str]:
         server.process.send_signal(signal.SIGTERM)
         ends = Counter(await asyncio.gather(*reading))
         code = await asyncio.to_thread(server.process.wait, 60)
-    refused = sum(count for end, count in ends.items() if "shutting_down" in end)
-    return code == 0 and ends["done"] + refused == streams, f"{dict(ends)}; exit code {code}"
+    return code == 0 and ends["done"] + ends["refused"] == streams, f"{dict(ends)}; exit code {code}"
 
 
 async def killed_engine(bundle: Path, under_way: int) -> tuple[bool, str]:
@@ -122,13 +125,15 @@ async def killed_engine(bundle: Path, under_way: int) -> tuple[bool, str]:
 async def slow_readers(bundle: Path, readers: int) -> tuple[bool, str]:
     """Streams that are read at a crawl, once the engine has written them: other callers lose under 5 % of throughput.
 
-    In turns without and with them; before that they take their turns of the engine like everybody.
+    In turns beside so many that have read theirs at once, and beside slow ones; before that both take their turns of
+    the engine like everybody.
     """
     questions, rates = 200, {"without": [0.0], "with": [0.0]}
     with running(bundle, "--queue", "1000") as server:
         callers = Callers(server)
         await callers.all(questions)  # the engine's first answers make its room
-        for _ in range(7):
+        for _ in range(5):
+            await asyncio.gather(*(callers.read(number, max_tokens=SLOW_TOKENS) for number in range(readers)))
             rates["without"].append(await callers.all(questions))
             slow = [await SlowReader.start(server, callers.body(number)) for number in range(readers)]
             await callers.until_idle()
@@ -136,9 +141,14 @@ async def slow_readers(bundle: Path, readers: int) -> tuple[bool, str]:
             still = sum([await reader.still_reads() for reader in slow])
             if still < 0.95 * readers:  # a few answers are short
                 return False, f"only {still} of {readers} were still reading"
-    without, beside = (statistics.median(rates[kind][1:]) for kind in ("without", "with"))
-    loss = 1 - beside / without
-    said = f"{without:.0f} answers a second without {readers} slow readers, {beside:.0f} beside them, {loss:+.1%} lost"
+    pairs = list(zip(rates["without"][1:], rates["with"][1:], strict=True))
+    losses = sorted(1 - beside / without for without, beside in pairs)
+    loss = statistics.median(losses)
+    said = (
+        f"{loss:+.1%} of throughput lost beside {readers} slow readers (rounds {losses[0]:+.1%} to {losses[-1]:+.1%})"
+    )
+    if losses[-1] - losses[0] > 0.1:  # such rounds say nothing of 5 %
+        return False, f"{said}: the machine is too restless to tell"
     return loss < 0.05, said
 
 
@@ -158,7 +168,7 @@ class SlowReader:
         connection.setblocking(False)
         await asyncio.get_running_loop().sock_connect(connection, (place.hostname, place.port))
         reader, writer = await asyncio.open_connection(sock=connection, limit=64)
-        content = json.dumps({**body, "stream": True, "max_tokens": 60}).encode()
+        content = json.dumps({**body, "stream": True, "max_tokens": SLOW_TOKENS}).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         return cls(reader, writer)
@@ -201,4 +211,6 @@ async def refusals(bundle: Path, asked_times: int) -> tuple[bool, str]:
     if statuses[429] < asked_times:
         return False, f"statuses {dict(statuses)}"
     median, most = 1000 * statistics.median(seconds), 1000 * max(seconds)
-    return most < 100, f"{len(seconds)} refused within {median:.1f} ms (median), {most:.1f} ms (the slowest)"
+    late = sum(each > 0.1 for each in seconds)
+    said = f"{len(seconds)} refused within {median:.1f} ms (median), {most:.1f} ms (the slowest)"
+    return late == 0, f"{said}, {late} of them after 100 ms"

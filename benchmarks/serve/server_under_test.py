@@ -122,6 +122,11 @@ class Callers:
         await asyncio.gather(*(caller() for _ in range(8)))
         return questions / (time.perf_counter() - start)
 
+    async def read(self, number: int, **changes: Any) -> None:
+        """Read a stream to its end."""
+        async for _ in self.pieces(number, **changes):
+            pass
+
     async def until_idle(self) -> float:
         """Wait until nothing waits and nothing is answered, and return the seconds that it took."""
         start, address = time.perf_counter(), self.server.url.removesuffix("/v1") + "/metrics"
